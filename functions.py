@@ -350,8 +350,12 @@ def hardware(device: str) -> str:
     chosen = pick_device(device)
     if chosen == "cuda":
         return torch.cuda.get_device_name()
-    names = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    return "Apple GPU" if chosen == "mps" else f"{names or platform.machine()} CPU"
+    name = _cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return "Apple GPU" if chosen == "mps" else f"{name} CPU"
+
+
+def _cpu_capabilities() -> dict[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # missing before torch 2.11
 
 
 def pick_device(device: str) -> str:
@@ -388,7 +392,7 @@ def make_fabric(device: str, precision: str) -> Any:
     chosen = pick_device(device)
     if precision == "auto":
         fast = (chosen == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)) or (
-            chosen == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+            chosen == "cpu" and _cpu_capabilities().get("amx_bf16", False)
         )
         precision = "bfloat16" if fast else "float32"
     return Fabric(
@@ -1519,7 +1523,7 @@ def linear_probe(
                 "train_loss": train_loss,
                 "train_accuracy": train_accuracy,
                 "test_loss": test_loss,
-                "test_accuracy": (predictions == test_labels).float().mean().item(),
+                "test_accuracy": accuracy(predictions, test_labels),
             }
         )
     return ProbeResult(history, predictions.cpu(), history[-1]["test_accuracy"])
@@ -1559,6 +1563,11 @@ def few_label_accuracy(
     return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Share of right predictions, in [0, 1]."""
+    return (predictions == labels).sum().item() / len(labels)
+
+
 def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
     """Counts `(K, K)`: row = true class, column = predicted class."""
     pairs = labels.cpu() * classes + predictions.cpu()
@@ -1568,7 +1577,9 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tenso
 def per_class_accuracy(matrix: Tensor, classes: Sequence[str]) -> dict[str, float]:
     """Class name to accuracy in [0, 1]; classes without a test image are left out."""
     right, count = matrix.diag(), matrix.sum(1)
-    return {name: (right[i] / count[i]).item() for i, name in enumerate(classes) if count[i] > 0}
+    return {
+        name: right[i].item() / count[i].item() for i, name in enumerate(classes) if count[i] > 0
+    }
 
 
 def embedding_std(embeddings: Tensor) -> float:

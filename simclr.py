@@ -464,7 +464,7 @@ def finetune(
                     "train_loss": losses.mean(),
                     "train_accuracy": correct.item() / (steps * batch),
                     "test_loss": F.cross_entropy(logits, test.labels).item(),
-                    "test_accuracy": (logits.argmax(1) == test.labels).float().mean().item(),
+                    "test_accuracy": functions.accuracy(logits.argmax(1), test.labels),
                 }
             )
             functions.save_checkpoint(
