@@ -1725,12 +1725,13 @@ def plot_scatter(
                     ha="center",
                     va="center",
                     weight="bold",
-                    color=color,
+                    zorder=3,
                     path_effects=[withStroke(linewidth=3, foreground="white")],
                 )
         legend = figure.legend(
             loc="outside right upper",
             frameon=False,
+            handletextpad=0.2,
             ncols=math.ceil(len(classes) / 30),
             fontsize="small" if len(classes) > 20 else "medium",
         )
@@ -1749,11 +1750,12 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
     figure = _figure(7, max(2.0, 0.32 * len(accuracies) + 1))
     axes = figure.subplots()
     values = [100 * value for value in accuracies.values()]
-    bars = axes.barh(list(accuracies), values, color=TRAIN_COLOR, height=0.7)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.barh(list(accuracies), values, color=TRAIN_COLOR, height=0.7)
+    for row, value in enumerate(values):  # at the foot of the bar, clear of the mean's line
+        axes.text(1, row, f"{value:.1f}", va="center", color="white" if value > 12 else "black")
     mean = sum(values) / len(values)
     axes.axvline(mean, color=TEST_COLOR, label=f"mean {mean:.1f} %")
-    axes.set_xlim(0, 108)
+    axes.set_xlim(0, 100)
     axes.invert_yaxis()
     axes.set_title(title)
     _style(axes, "accuracy (%)", "")
@@ -1763,7 +1765,7 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
 
 
 def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
-    """Row-normalised confusion matrix in percent; cells are numbered up to 20 classes."""
+    """Row-normalised confusion matrix in percent; cells from 0.5 on are numbered up to 20 classes."""
     share = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     side = float(np.clip(0.55 * len(classes) + 2, 4.5, 14))
     figure = _figure(side + 1, side)
@@ -1772,11 +1774,14 @@ def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], ti
     figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
     every = max(1, math.ceil(len(classes) / 60))
     ticks = range(0, len(classes), every)
-    axes.set_xticks(ticks, [classes[i] for i in ticks], rotation=45, ha="right")
+    slanted = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 3 else {}
+    axes.set_xticks(ticks, [classes[i] for i in ticks], **slanted)
     axes.set_yticks(ticks, [classes[i] for i in ticks])
     if len(classes) <= 20:
         for row, values in enumerate(share.tolist()):
             for column, value in enumerate(values):
+                if value < 0.5:  # an empty cell reads better than a 0
+                    continue
                 color = "white" if value > 60 else "black"
                 size = 8 if len(classes) <= 12 else 6
                 axes.text(
