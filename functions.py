@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -121,6 +122,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def flag(name: str) -> str:
+    """The command-line spelling of a setting's name."""
+    return "--" + name.replace("_", "-")
+
+
 def _flag_type(hint: Any) -> tuple[type, dict[str, Any]]:
     """Argparse's keyword arguments for a field's type hint."""
     if isinstance(hint, types.UnionType):  # `int | None`
@@ -153,9 +159,8 @@ def _parse_flags(config_class: type, arguments: Sequence[str], defaults: Any, te
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         note = "" if default is None else f" [{shown}]"
-        flag = "--" + field.name.replace("_", "-")
         groups[group].add_argument(
-            flag, default=default, help=field.metadata["help"] + note, **options
+            flag(field.name), default=default, help=field.metadata["help"] + note, **options
         )
     values = vars(parser.parse_args(arguments))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -177,39 +182,28 @@ def parse_config(config_class: type, arguments: Sequence[str], text: str) -> Any
 
 
 def load_config(config_class: type, folder: str | Path) -> Any:
-    """The `Config` saved in a run folder's `config.json`.
+    """The `Config` saved in a run folder's `config.json`, checked as a command line is.
 
     Raises:
-        UserError: no such file, no JSON, another script's, or a field missing or of a wrong type.
+        UserError: no such file, no JSON, another script's, or a value missing or of a wrong type.
     """
     path = Path(folder) / "config.json"
     require(path.is_file(), f"{folder} is not a run folder: it has no config.json")
     saved = read_json(path)
-    values = {}
-    for name, hint in typing.get_type_hints(config_class).items():
-        require(name in saved, f"{path} lacks the setting {name!r}: it is of another script or age")
-        value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
-        require(_fits(value, hint), f"{path}: the setting {name!r} has the wrong type: {value!r}")
-        values[name] = value
-    return config_class(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON has the type that a field's hint asks for."""
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        return (
-            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-        )
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    flags = []
+    for field in dataclasses.fields(config_class):
+        name, value = flag(field.name), saved.get(field.name)
+        require(field.name in saved, f"{path} lacks {name}: it is of another script or version")
+        if isinstance(value, bool):
+            flags.append(name if value else name.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [name, *map(str, value)]
+        elif value is not None or field.default is not None:
+            flags.append(f"{name}={value}")
+    try:
+        return _parse_flags(config_class, flags, config_class(), "")
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> None:
@@ -238,8 +232,8 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
 
 
 def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn:
-    line = " ".join(f"{message}. {' '.join(getattr(error, '__notes__', []))}".split())
-    print(line.replace(".. ", ". ").rstrip(". ") + ".", file=sys.stderr)
+    line = ". ".join([message, *getattr(error, "__notes__", [])])
+    print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -279,9 +273,8 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         )
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME | free and value != getattr(saved, name):
-                flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{folder} was started with {flag} {getattr(saved, name)}, not {value}: "
+                    f"{folder} was started with {flag(name)} {getattr(saved, name)}, not {value}: "
                     "leave the flag out, or start a new run"
                 )
         changed = [
@@ -297,32 +290,27 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         yield folder
     except BaseException as error:
         if (folder / "checkpoint.pt").exists():
-            error.add_note(f"Continue with: python {script}.py --resume {folder}")
+            error.add_note(f"Continue with: python {script}.py --resume {shlex.quote(str(folder))}")
         else:
             error.add_note(f"The run folder is {folder}")
         raise
 
 
 def _new_folder(parent: Path, config: Any) -> Path:
-    name = config.name or time.strftime("%Y%m%d-%H%M%S") + f"-seed{config.seed}"
-    for attempt in range(1, 100):
-        folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-            return folder
-        except FileExistsError as error:
-            if config.name is None and parent.is_dir():
-                continue  # two runs started in the same second
-            if not parent.is_dir():
-                raise UserError(f"cannot write {parent}: it is not a folder") from error
-            raise UserError(
-                f"{folder} exists already: choose another --name, or continue it with "
-                f"--resume {folder}"
-            ) from error
-        except OSError as error:
-            raise UserError(f"cannot write {parent}: {error.strerror}") from error
-    raise UserError(f"{parent / name} exists already, a hundred times")
+    stem = config.name or time.strftime("%Y%m%d-%H%M%S") + f"-seed{config.seed}"
+    # Two unnamed runs may start in the same second.
+    names = [stem] if config.name else [stem, *(f"{stem}-{n}" for n in range(2, 100))]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in (parent / name for name in names):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(f"cannot write {parent}: {error.strerror}") from error
+    raise UserError(
+        f"{parent / stem} exists already: choose another --name, or continue it with --resume"
+    )
 
 
 def _git_commit() -> str | None:
@@ -1765,8 +1753,8 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
 
 
 def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
-    """Row-normalised confusion matrix in percent; cells from 0.5 on are numbered up to 20 classes."""
-    share = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    """Row-normalised confusion matrix in percent; numbered from 0.5 on, up to 20 classes."""
+    share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = float(np.clip(0.55 * len(classes) + 2, 4.5, 14))
     figure = _figure(side + 1, side)
     axes = figure.subplots()

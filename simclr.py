@@ -94,11 +94,9 @@ class Config(functions.RunConfig):
             value = getattr(self, f"{name}_probability")
             require(0 <= value <= 1, f"--{name}-probability must be in [0, 1], not {value}")
         for name in ("projection_hidden", "projection_size", "probe_epochs", "finetune_epochs"):
-            flag = "--" + name.replace("_", "-")
-            require(getattr(self, name) >= 1, f"{flag} must be at least 1")
+            require(getattr(self, name) >= 1, f"{functions.flag(name)} must be at least 1")
         for name in ("warmup_epochs", "knn_every", "few_labels"):
-            flag = "--" + name.replace("_", "-")
-            require(getattr(self, name) >= 0, f"{flag} must not be negative")
+            require(getattr(self, name) >= 0, f"{functions.flag(name)} must not be negative")
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -17,19 +17,10 @@ import simclr
 
 REPOSITORY = Path(simclr.__file__).resolve().parent
 CIFAR10_IMAGES = REPOSITORY / "data" / "cifar10-images"
-ARTIFACTS = [
-    "config.json",
-    "metrics.csv",
-    "checkpoint.pt",
-    "encoder.safetensors",
-    "summary.json",
-    "embeddings.npz",
-    "loss.png",
-    "probe.png",
-    "tsne.png",
-    "confusion_matrix.png",
-    "per_class_accuracy.png",
-]
+ARTIFACTS = (
+    "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json embeddings.npz",
+    "loss.png probe.png tsne.png confusion_matrix.png per_class_accuracy.png probe.csv",
+)
 TIMES = {"seconds", "images_per_second"}
 
 
@@ -46,6 +37,11 @@ def small_config(folder: Path, **changes) -> simclr.Config:
         "device": "cpu",
     }
     return simclr.Config(**{**settings, **changes})
+
+
+def run_command(folder: Path, flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "simclr.py"), "--dataset", "digits", *flags.split()]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def weights_hash(folder: Path) -> str:
@@ -96,7 +92,7 @@ def test_command_line_makes_every_artifact(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warnings of libraries, no progress bar off a terminal
     folder = home / "results" / "simclr" / "e2e"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*ARTIFACTS, "probe.csv"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(" ".join(ARTIFACTS).split())
     assert [path.name for path in home.iterdir()] == ["results"]  # nothing outside the run folder
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -273,40 +269,32 @@ def test_a_folder_without_labels_trains_and_skips_what_needs_labels(tmp_path, ca
     assert (tmp_path / "simclr" / "run" / "tsne.png").exists()
 
 
-@pytest.mark.parametrize("dataset", ["fashion-mnist", "folder"])
-def test_every_data_set_trains(tmp_path, dataset):
-    if dataset == "folder":
-        names = [
-            f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in "1234"
-        ]
-        dataset = str(image_folder(tmp_path / "pictures", names))
-    elif not functions.DEBIAN_FASHION_MNIST.is_dir():
-        pytest.skip("needs Debian's package dataset-fashion-mnist")
+def test_a_small_folder_with_labels_goes_through_every_stage(tmp_path):
+    names = [f"{split}/{c}/{i}.png" for split in ("train", "test") for c in "ab" for i in "12345"]
+    pictures = image_folder(tmp_path / "pictures", names)
     config = small_config(
-        tmp_path, dataset=dataset, data_dir=str(tmp_path), batch_size=8, stages="pretrain"
+        tmp_path, dataset=str(pictures), data_dir=str(tmp_path), batch_size=4, image_size=16
     )
-    data = functions.load_images(dataset, tmp_path)
-    if len(data.train) > 1000:
-        config = dataclasses.replace(config, epochs=1, batch_size=4096, knn_every=0)
-    assert np.isfinite(simclr.main(config)["final_loss"])
+    assert set(simclr.main(config)["per_class_accuracy"]) == {"a", "b"}
 
 
-def test_probe_and_kneighbours_on_real_cifar10(tmp_path):
-    if not CIFAR10_IMAGES.is_dir():
-        pytest.skip("needs data/cifar10-images (README, 'Data')")
+@pytest.mark.parametrize("dataset", ["cifar10-images", "fashion-mnist"])
+def test_real_images(tmp_path, monkeypatch, dataset):
+    there = {"cifar10-images": CIFAR10_IMAGES, "fashion-mnist": functions.DEBIAN_FASHION_MNIST}
+    if not there[dataset].is_dir():
+        pytest.skip(f"{there[dataset]} is not here (README, 'Data')")
+    name = str(CIFAR10_IMAGES) if dataset == "cifar10-images" else dataset
+    whole = functions.load_images(name, REPOSITORY / "data")
+    few = functions.hold_out(whole.train, 0.04)[1], functions.hold_out(whole.test, 0.05)[1]
+    part = dataclasses.replace(whole, train=few[0], test=few[1])
+    monkeypatch.setattr(functions, "load_images", lambda *args: part)
     config = small_config(
-        tmp_path,
-        dataset=str(CIFAR10_IMAGES),
-        data_dir=str(REPOSITORY / "data"),
-        epochs=1,
-        batch_size=512,
-        stages="pretrain,probe",
-        few_labels=0,
-        knn_every=0,
+        tmp_path, dataset=name, epochs=4, probe_epochs=20, stages="pretrain,probe"
     )
     summary = simclr.main(config)
-    assert 0.35 < summary["linear_probe_accuracy"] < 0.7  # chance is 0.1
-    assert len(summary["per_class_accuracy"]) == 10
+    # Chance is 0.1; a linear layer on 2,000 CIFAR-10 images' raw pixels reaches 0.27.
+    assert summary["linear_probe_accuracy"] > (0.3 if dataset == "cifar10-images" else 0.7)
+    assert list(summary["per_class_accuracy"]) == list(whole.classes)
 
 
 def test_images_are_normalised_with_the_training_statistics_only(tmp_path, monkeypatch):
@@ -376,8 +364,10 @@ def test_two_views_with_everything_off_are_the_images():
     assert torch.allclose(views[:4][kept], images[kept] / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("encoder", ["small", "resnet18", "resnet34", "resnet50"])
-@pytest.mark.parametrize("projection", ["nonlinear", "linear", "none"])
+@pytest.mark.parametrize(
+    ("encoder", "projection"),
+    [("small", "nonlinear"), ("resnet18", "linear"), ("resnet34", "none"), ("resnet50", "linear")],
+)
 def test_model_shapes(encoder, projection):
     model = simclr.SimCLR(encoder, "imagenet", projection, 24, 12)
     features = model.encoder.num_features

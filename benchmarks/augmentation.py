@@ -1,0 +1,130 @@
+"""Augmentation alone: images per second of this repository, torchvision and kornia, side by side.
+
+    python benchmarks/augmentation.py                   # generated images
+    python benchmarks/augmentation.py --dataset data/cifar10-images
+
+512 images of 32 x 32 through SimCLR's original recipe: crop, flip, colour jitter, grayscale, blur,
+normalisation. kornia's row is left out when it is not installed. Medians, all threads.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import functions
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+COUNT = 512
+
+
+def ours(images: Tensor) -> Callable[[], Tensor]:
+    """Batched ops, parameters drawn per sample."""
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+
+    def run() -> Tensor:
+        views = functions.to_float(images)
+        views = functions.random_resized_crop(views, generator=generator)
+        views = functions.random_horizontal_flip(views, generator=generator)
+        views = functions.color_jitter(views, 0.8, 0.8, 0.8, 0.2, generator=generator)
+        views = functions.random_grayscale(views, 0.2, generator)
+        views = functions.gaussian_blur(views, 3, (0.1, 2.0), generator=generator)
+        return functions.normalize(views, mean, std)
+
+    return run
+
+
+def torchvision_pil(images: Tensor) -> Callable[[], Tensor]:
+    """What most people run: transforms per PIL image."""
+    from torchvision import transforms as t
+
+    pictures = [t.functional.to_pil_image(image) for image in images]
+    transform = t.Compose(
+        [
+            t.RandomResizedCrop(32),
+            t.RandomHorizontalFlip(),
+            t.ColorJitter(0.8, 0.8, 0.8, 0.2),
+            t.RandomGrayscale(0.2),
+            t.GaussianBlur(3, (0.1, 2.0)),
+            t.ToTensor(),
+            t.Normalize(MEAN, STD),
+        ]
+    )
+    return lambda: torch.stack([transform(picture) for picture in pictures])
+
+
+def torchvision_v2(images: Tensor) -> Callable[[], Tensor]:
+    """The v2 transforms per tensor image."""
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(32),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.8, 0.8, 0.8, 0.2),
+            v2.RandomGrayscale(0.2),
+            v2.GaussianBlur(3, (0.1, 2.0)),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    return lambda: torch.stack([transform(image) for image in images])
+
+
+def kornia(images: Tensor) -> Callable[[], Tensor]:
+    """Batched as well; `resample` crops faster than its default."""
+    import kornia.augmentation as k
+
+    transform = k.AugmentationSequential(
+        k.RandomResizedCrop((32, 32), cropping_mode="resample"),
+        k.RandomHorizontalFlip(),
+        k.ColorJitter(0.8, 0.8, 0.8, 0.2, p=1.0),
+        k.RandomGrayscale(p=0.2),
+        k.RandomGaussianBlur((3, 3), (0.1, 2.0), p=1.0),
+        k.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    )
+    return lambda: transform(images.float() / 255)
+
+
+def main() -> None:
+    """Measure the four in turns and print images per second."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", help="take the images from here instead of making noise")
+    arguments = parser.parse_args()
+    if arguments.dataset:
+        images = functions.load_images(arguments.dataset).train.images[:COUNT]
+    else:
+        noise = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=noise)
+    contenders = {}
+    for make in (ours, torchvision_pil, torchvision_v2, kornia):
+        try:
+            contenders[make.__name__] = make(images)
+        except ImportError as error:
+            print(f"{make.__name__} is left out: {error}")
+    seconds = {name: [] for name in contenders}
+    for round_ in range(11):  # in turns, so that a busy moment hits all; the first is warm-up
+        for name, run in contenders.items():
+            repeats = 10 if name == "ours" else 1
+            began = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            if round_:
+                seconds[name].append((time.perf_counter() - began) / repeats)
+    best = statistics.median(seconds["ours"])
+    print(f"{COUNT} images, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:16} {COUNT / median:8,.0f} images/s   {median / best:5.1f} times our time")
+
+
+if __name__ == "__main__":
+    main()
