@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import glob
 import gzip
 import hashlib
 import json
@@ -23,6 +24,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
 import typing
@@ -92,7 +95,7 @@ class RunConfig:
             0 <= self.weight_decay < math.inf,
             f"--weight-decay must not be negative, not {self.weight_decay}",
         )
-        require(self.seed >= 0, f"--seed must not be negative, not {self.seed}")
+        require(0 <= self.seed < 2**63, f"--seed must be in [0, 2^63), not {self.seed}")
         require(
             8 <= self.image_size <= 1024,
             f"--image-size must be between 8 and 1024 pixels, not {self.image_size}",
@@ -146,7 +149,9 @@ def _parse_flags(config_class: type, arguments: Sequence[str], defaults: Any, te
         usage="%(prog)s [flags]",
         description=text,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 34, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34, width=100
+        ),
     )
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(config_class)
@@ -217,6 +222,7 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
         raise SystemExit(128 + signal_number)
 
     signal.signal(signal.SIGTERM, stop)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main(parse_config(config_class, sys.argv[1:], text))
     except UserError as error:
@@ -253,7 +259,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         UserError: the folder exists already, cannot be written, or contradicts the settings.
     """
     session = {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": _git_commit(),
         "versions": _versions(),
         "hardware": hardware(config.device),
@@ -492,11 +498,12 @@ def load_images(
         return builtin[name_or_path](Path(data_dir), download_url)
     if name_or_path == "digits":
         return _load_digits()
-    folder = Path(name_or_path).expanduser()
+    folder = os.path.expanduser(name_or_path)
     known = "cifar10, fashion-mnist, digits, or an existing folder of images"
-    require(folder.exists(), f"unknown data set or missing folder {name_or_path!r}; use {known}")
-    require(folder.is_dir(), f"{name_or_path} is a file, not a folder of images")
-    return _load_folder(folder, Path(data_dir), image_size)
+    # os.path's tests, unlike pathlib's, take any string
+    require(os.path.exists(folder), f"unknown data set or missing folder {folder!r}; use {known}")
+    require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
+    return _load_folder(Path(folder), Path(data_dir), image_size)
 
 
 def _load_digits() -> ImageData:
@@ -513,7 +520,6 @@ def _load_digits() -> ImageData:
 def _load_cifar10(data_dir: Path, url: str | None) -> ImageData:
     """CIFAR-10 from the archive. Only files whose MD5 torchvision knows are unpickled."""
     import tarfile
-    import tempfile
 
     from torchvision.datasets import CIFAR10
 
@@ -521,12 +527,15 @@ def _load_cifar10(data_dir: Path, url: str | None) -> ImageData:
     if not folder.is_dir():
         archive = data_dir / CIFAR10.filename
         _fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
-        with (
-            tempfile.TemporaryDirectory(dir=data_dir) as unpacked,
-            tarfile.open(archive) as tar,
-        ):
-            tar.extractall(unpacked, filter="data")
-            os.replace(Path(unpacked) / CIFAR10.base_folder, folder)
+        try:
+            with (
+                tempfile.TemporaryDirectory(dir=data_dir) as unpacked,
+                tarfile.open(archive) as tar,
+            ):
+                tar.extractall(unpacked, filter="data")  # refuses to write outside
+                os.replace(Path(unpacked) / CIFAR10.base_folder, folder)
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            raise UserError(f"cannot unpack {archive} into {data_dir}: {error}") from error
     try:
         parts = [CIFAR10(str(data_dir), train=train) for train in (True, False)]
     except RuntimeError as error:
@@ -593,6 +602,7 @@ def _fetch(path: Path, official: str, url: str | None, md5: str) -> None:
     The bytes go to `<path>.part`, which a second start continues; only a file whose MD5 is right
     gets the final name.
     """
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -609,8 +619,11 @@ def _fetch(path: Path, official: str, url: str | None, md5: str) -> None:
         f"Give another address with --download-url (the MD5 {md5} is checked), or put {path.name} "
         f"into {path.parent} by hand"
     )
-    print(f"Downloading {address} (slow? {advice}.)")
     try:
+        if part.exists() and _md5(part) == md5:  # stopped just before the last step
+            os.replace(part, path)
+            return
+        print(f"Downloading {address} (slow? {advice}.)")
         path.parent.mkdir(parents=True, exist_ok=True)
         done = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(
@@ -638,8 +651,8 @@ def _fetch(path: Path, official: str, url: str | None, md5: str) -> None:
         if error.code == 416:  # a .part that is longer than the file
             part.unlink(missing_ok=True)
         raise UserError(f"{address} answers {error.code} {error.reason}. {advice}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
         raise UserError(f"cannot download {address}: {reason}. {advice}") from error
     require(complete, f"the download of {address} broke off; start again to continue it. {advice}")
     if _md5(part) != md5:
@@ -690,9 +703,14 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _image_files(folder: Path, recursive: bool = True) -> list[Path]:
     """The image files below a folder, sorted; other files and hidden ones are passed over."""
-    found = []
+    found: list[Path] = []
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))  # a link may lead back up
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
+        if os.path.realpath(parent) in seen:  # a link in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
         found += [
             Path(parent, name)
             for name in sorted(names)
@@ -715,16 +733,16 @@ def _labelled_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], l
 def _load_folder(folder: Path, data_dir: Path, image_size: int) -> ImageData:
     """A folder of images in one of the three layouts of `load_images`."""
     try:
-        train_folder = folder / "train" if (folder / "train").is_dir() else folder
-        test_folder = folder / "test" if train_folder != folder else None
-        if test_folder is not None and not test_folder.is_dir():
-            test_folder = None
+        names = [path.name for path in _subfolders(folder)]
+        split = names in (["train"], ["test", "train"])  # else these are names of classes
+        train_folder = folder / "train" if split else folder
+        test_folder = folder / "test" if split and "test" in names else None
         classes = [p.name for p in _subfolders(train_folder)]
         loose = _image_files(train_folder, recursive=False)
         if not classes:
             require(bool(loose), f"{train_folder} holds no images")
             images = _decode(loose, train_folder, data_dir, image_size)
-            return ImageData(folder.name, (), Split(images, None), None)
+            return ImageData(folder.resolve().name, (), Split(images, None), None)
         require(
             not loose,
             f"{train_folder} holds both class folders and {len(loose)} loose images such as "
@@ -753,7 +771,7 @@ def _load_folder(folder: Path, data_dir: Path, image_size: int) -> ImageData:
     else:
         train = Split(everything.images[:count], everything.labels[:count])
         test = Split(everything.images[count:], everything.labels[count:])
-    return ImageData(folder.name, tuple(classes), train, test)
+    return ImageData(folder.resolve().name, tuple(classes), train, test)
 
 
 def decode_image(path: str | Path, size: int) -> np.ndarray:
@@ -791,38 +809,40 @@ def _decode(paths: list[Path], folder: Path, data_dir: Path, size: int) -> Tenso
     The cache file is named after the folder and a fingerprint of every file's name, size and time,
     so a changed file means a new cache; its checksum is verified at every start.
     """
-    stats = [path.stat() for path in paths]
+    try:
+        stats = [path.stat() for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     listing = "\n".join(
         f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}"
         for path, stat in zip(paths, stats, strict=True)
     )
-    origin = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    version = f"{CACHE_VERSION} {size}\n{listing}".encode()
-    stem = f"{folder.name}-{origin}-{size}-"
+    version = f"{CACHE_VERSION} {size}\n{listing}".encode(errors="surrogateescape")
+    origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+    stem = f"{folder.resolve().name}-{origin}-{size}-"
     cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
     shape = (len(paths), 3, size, size)
     images = _open_cache(cache, shape)
     if images is not None:
         return images
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
+            draft = Path(temporary, "images.npy")
+            array = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
+                with open(draft, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
+            _decode_into(array, paths, folder, size)
+            array.flush()
+            write_json(cache.with_suffix(".json"), {"crc32": zlib.crc32(array)})
+            os.replace(draft, cache)
     except OSError as error:
-        print(f"Decoding without a cache: cannot write {cache.parent} ({error.strerror}).")
+        print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
         array = np.empty(shape, np.uint8)
         _decode_into(array, paths, folder, size)
         return torch.from_numpy(array)
-    try:
-        _decode_into(array, paths, folder, size)
-        array.flush()
-        write_json(cache.with_suffix(".json"), {"crc32": zlib.crc32(array)})
-        os.replace(temporary, cache)
-    except OSError as error:
-        raise UserError(f"cannot write {cache}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    for old in cache.parent.glob(f"{stem}*"):
+    for old in cache.parent.glob(f"{glob.escape(stem)}*"):
         if old.suffix in (".npy", ".json") and old.stem != cache.stem:
             old.unlink(missing_ok=True)
     images = _open_cache(cache, shape)
@@ -840,7 +860,7 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> Tensor | None:
         checksum = json.loads(cache.with_suffix(".json").read_text())["crc32"]
         if array.shape == shape and array.dtype == np.uint8 and zlib.crc32(array) == checksum:
             return torch.from_numpy(array)
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # numpy's parser of the header raises nearly anything
         pass
     print(f"The image cache {cache} is damaged: decoding again.")
     return None
@@ -1040,6 +1060,7 @@ def color_jitter(
     hue leave grey images as they are.
     """
     chosen = _chosen(images, p, generator)
+    jittered = images
     for strength, adjust in (
         (brightness, adjust_brightness),
         (contrast, adjust_contrast),
@@ -1047,12 +1068,10 @@ def color_jitter(
     ):
         if strength > 0 and not (adjust is adjust_saturation and images.shape[1] == 1):
             low, high = max(0.0, 1 - strength), 1 + strength
-            factor = _uniform(len(images), low, high, images, generator)
-            images = adjust(images, torch.where(chosen, factor, 1.0))
+            jittered = adjust(jittered, _uniform(len(images), low, high, images, generator))
     if hue > 0 and images.shape[1] == 3:
-        shift = _uniform(len(images), -hue, hue, images, generator)
-        images = adjust_hue(images, torch.where(chosen, shift, 0.0))
-    return images
+        jittered = adjust_hue(jittered, _uniform(len(images), -hue, hue, images, generator))
+    return torch.where(chosen[:, None, None, None], jittered, images)
 
 
 def random_grayscale(
@@ -1114,7 +1133,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written. What was at `path` before is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -1253,13 +1272,11 @@ def restore(
 
 def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
     """Write the weights under the encoder's own key names as safetensors, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     with atomic_file(path) as temporary:
-        state = {
-            key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()
-        }
-        save_file(state, temporary, metadata)
+        temporary.write_bytes(save(state, metadata))
 
 
 class EpochLoss:
@@ -1607,7 +1624,7 @@ def project_2d(
     from sklearn.manifold import TSNE
 
     values = PCA(min(50, *values.shape), random_state=seed).fit_transform(values)
-    tsne = TSNE(perplexity=neighbours, init="pca", random_state=seed, n_jobs=os.cpu_count())
+    tsne = TSNE(perplexity=neighbours, init="pca", random_state=seed, n_jobs=torch.get_num_threads())
     return tsne.fit_transform(values)
 
 

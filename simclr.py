@@ -12,6 +12,7 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,14 @@ class Config(functions.RunConfig):
         super().__post_init__()
         unknown = set(self.stage_names) - set(STAGES)
         require(not unknown, f"--stages knows {','.join(STAGES)}, not {self.stages!r}")
-        require(self.temperature > 0, f"--temperature must be positive, not {self.temperature}")
+        require(
+            0 < self.temperature < math.inf,
+            f"--temperature must be a positive number, not {self.temperature}",
+        )
         require(0 < self.crop_scale_min <= 1, "--crop-scale-min must be above 0, at most 1")
         require(
-            min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "--jitter: not below 0, hue <= 0.5"
+            all(0 <= strength < math.inf for strength in self.jitter) and self.jitter[3] <= 0.5,
+            f"--jitter takes four numbers, not below 0, hue <= 0.5; not {self.jitter}",
         )
         for name in ("flip", "jitter", "grayscale", "blur"):
             value = getattr(self, f"{name}_probability")

@@ -409,7 +409,7 @@ def test_lars_leaves_biases_and_norms_without_decay_and_adaptation():
         ("--dataset nowhere", "unknown data set or missing folder 'nowhere'"),
         ("--dataset digits --batch-size 5000", "larger than the data set"),
         ("--batch-size 1", "--batch-size must be at least 2"),
-        ("--temperature 0", "--temperature must be positive"),
+        ("--temperature 0", "--temperature must be a positive"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--stages pretrain,bake", "--stages knows"),
         ("--jitter 1 1 1 0.7", "hue <= 0.5"),

@@ -1,0 +1,38 @@
+import contextlib
+import resource
+
+import pytest
+
+from functions import UserError
+
+
+@pytest.fixture
+def user_error():
+    """A context that demands a `UserError` of one line that holds every word."""
+
+    @contextlib.contextmanager
+    def context(*words):
+        with pytest.raises(UserError) as caught:
+            yield
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        for word in words:
+            assert str(word) in message
+
+    return context
+
+
+@pytest.fixture
+def small_disk(capsys):  # which keeps pytest's own record of the output off the disk
+    """A context in which no file can grow beyond some bytes, as on a disk that fills up."""
+
+    @contextlib.contextmanager
+    def context(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return context

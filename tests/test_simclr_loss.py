@@ -1,0 +1,165 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.loss import NTXentLoss
+
+from functions import UserError
+from simclr import nt_xent_loss
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def embeddings(pairs, size=8, seed=0):
+    return torch.randn(2 * pairs, size, generator=torch.Generator().manual_seed(seed))
+
+
+def paper_loss(z, temperature, count_positive=1):
+    """Equation 1 of Chen et al. 2020 and the average after it, term by term, in float64."""
+    z = z.double()
+    half = len(z) // 2
+    total = 0.0
+    for i in range(len(z)):
+        positive = (i + half) % len(z)
+        terms = []
+        for k in range(len(z)):
+            if k != i:
+                cosine = (z[i] @ z[k]) / (z[i].norm() * z[k].norm())
+                copies = count_positive if k == positive else 1
+                terms += [(cosine / temperature).exp()] * copies
+        own = (z[i] @ z[positive]) / (z[i].norm() * z[positive].norm())
+        total = total - ((own / temperature).exp() / sum(terms)).log()
+    return total / len(z)
+
+
+def value_and_gradient(loss, z):
+    z = z.clone().requires_grad_()
+    value = loss(z)
+    (gradient,) = torch.autograd.grad(value, z)
+    return value.detach().float(), gradient.float()
+
+
+def assert_same(ours, expected):
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-6)
+    largest = expected[1].abs().max().item()  # gradients differ in scale by temperature and B
+    torch.testing.assert_close(ours[1], expected[1], rtol=0, atol=2e-5 * largest + 1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("pairs", [1, 2, 5])
+def test_equals_the_papers_equation(pairs, temperature):
+    z = embeddings(pairs)
+    ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
+    assert_same(ours, value_and_gradient(lambda z: paper_loss(z, temperature), z))
+
+
+def test_positive_is_once_in_the_denominator():
+    # Known mistake of public versions: once as the first column, once in the masked matrix.
+    z = embeddings(4)
+    ours = nt_xent_loss(z, 0.5).item()
+    assert ours == pytest.approx(paper_loss(z, 0.5).item(), abs=1e-5)
+    assert ours < paper_loss(z, 0.5, count_positive=2).item() - 0.05
+    assert ours > paper_loss(z, 0.5, count_positive=0).item() + 0.05
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("pairs", [2, 16, 512])
+def test_equals_lightly(pairs, temperature):
+    z = embeddings(pairs, 32)
+    reference = NTXentLoss(temperature)
+    ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
+    assert_same(ours, value_and_gradient(lambda z: reference(*z.chunk(2)), z))
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 16, 100])
+def test_equal_embeddings_give_the_log_of_the_number_of_candidates(pairs):
+    z = embeddings(1)[:1].expand(2 * pairs, -1)
+    assert nt_xent_loss(z, 0.1).item() == pytest.approx(math.log(2 * pairs - 1), abs=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_orthogonal_pairs_have_a_closed_form(temperature):
+    # Positives have cosine 1, the 2B - 2 others 0.
+    z = torch.eye(6).repeat(2, 1)
+    expected = math.log(1 + 10 * math.exp(-1 / temperature))
+    assert nt_xent_loss(z, temperature).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_pair_has_no_negatives():
+    value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), embeddings(1))
+    assert value == pytest.approx(0, abs=1e-6)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_views_may_be_swapped():
+    z = embeddings(6)
+    value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z)
+    swapped = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z.roll(6, 0))
+    torch.testing.assert_close(swapped, (value, gradient.roll(6, 0)))
+    other_pairs = torch.cat((z[:6], z[6:].roll(1, 0)))
+    assert abs(nt_xent_loss(other_pairs, 0.5) - value) > 1e-3
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_length_of_z_does_not_matter(factor):
+    z = embeddings(6)
+    value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z)
+    lengths = torch.linspace(0.5, 2, 12)[:, None] * factor
+    scaled = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z * lengths)
+    torch.testing.assert_close(scaled, (value, gradient / lengths), rtol=1e-4, atol=1e-6 / factor)
+    assert (z * gradient).sum(1).abs().max() < 1e-6  # no pull along z itself
+
+
+def test_computes_in_float32_under_autocast():
+    def under_autocast(z):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nt_xent_loss(z, 0.05)
+        assert loss.dtype == torch.float32
+        return loss  # the backward pass is outside, as in training
+
+    z = embeddings(16)
+    outside = value_and_gradient(lambda z: nt_xent_loss(z, 0.05), z)
+    torch.testing.assert_close(value_and_gradient(under_autocast, z), outside)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_embeddings_lose_no_further_precision(dtype):
+    z = embeddings(16).to(dtype)
+    value = nt_xent_loss(z, 0.05)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(nt_xent_loss(z.float(), 0.05).item(), rel=1e-6)
+
+
+def test_small_temperatures_do_not_overflow():
+    # exp(1 / 0.005) is above float32's largest number.
+    z = embeddings(16)
+    value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.005), z)
+    assert value == pytest.approx(paper_loss(z, 0.005).item(), rel=1e-4)
+    assert gradient.isfinite().all()
+
+
+def test_input_is_not_modified():
+    z = F.normalize(embeddings(4), dim=1)
+    before = z.clone()
+    nt_xent_loss(z, 1.0)
+    assert torch.equal(z, before)
+
+
+@pytest.mark.parametrize("temperature", [0, -0.5, math.nan])
+def test_refuses_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(UserError, match="temperature must be positive"):
+        nt_xent_loss(embeddings(2), temperature)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4), (4,), (2, 2, 4)])
+def test_refuses_what_is_not_two_views(shape):
+    with pytest.raises(UserError, match="2B, D"):
+        nt_xent_loss(torch.ones(shape), 0.5)
