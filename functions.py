@@ -78,23 +78,9 @@ class RunConfig:
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "run", "auto: bfloat16 autocast where the hardware has matrix units for it"
     )
-    epochs: int = setting(100, "training", "passes over the training images")
-    batch_size: int = setting(256, "training", "images per step")
-    learning_rate: float = setting(1e-3, "training", "peak learning rate")
-    weight_decay: float = setting(0.0, "training", "weight decay")
 
     def __post_init__(self) -> None:
         """Check ranges that hold for every script."""
-        require(self.epochs >= 1, f"--epochs must be at least 1, not {self.epochs}")
-        require(self.batch_size >= 2, f"--batch-size must be at least 2, not {self.batch_size}")
-        require(
-            0 < self.learning_rate < math.inf,
-            f"--learning-rate must be a positive number, not {self.learning_rate}",
-        )
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"--weight-decay must not be negative, not {self.weight_decay}",
-        )
         require(0 <= self.seed < 2**63, f"--seed must be in [0, 2^63), not {self.seed}")
         require(
             8 <= self.image_size <= 1024,
@@ -105,6 +91,30 @@ class RunConfig:
                 self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
                 f"--name must be a plain folder name, not {self.name!r}",
             )
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    """The settings every training has besides."""
+
+    epochs: int = setting(100, "training", "passes over the training images")
+    batch_size: int = setting(256, "training", "images per step")
+    learning_rate: float = setting(1e-3, "training", "peak learning rate")
+    weight_decay: float = setting(0.0, "training", "weight decay")
+
+    def __post_init__(self) -> None:
+        """Check ranges that hold for every training."""
+        super().__post_init__()
+        require(self.epochs >= 1, f"--epochs must be at least 1, not {self.epochs}")
+        require(self.batch_size >= 2, f"--batch-size must be at least 2, not {self.batch_size}")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"--learning-rate must be a positive number, not {self.learning_rate}",
+        )
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"--weight-decay must not be negative, not {self.weight_decay}",
+        )
 
 
 # Settings that say where a run computes and what it does next, not what it is: they may differ
@@ -372,27 +382,30 @@ def pick_device(device: str) -> str:
     return device
 
 
-def make_fabric(device: str, precision: str) -> Any:
-    """Lightning Fabric on one device.
+def pick_precision(device: str, precision: str) -> Literal["bf16-mixed", "32-true"]:
+    """Lightning's name for `--precision`.
 
-    `precision="auto"` is bfloat16 autocast on GPUs that support it and on CPUs with AMX tiles
-    (2.3 times faster there for ResNet18 with the CIFAR stem), float32 elsewhere.
+    `auto` is bfloat16 autocast on GPUs that support it and on CPUs with AMX tiles (2.3 times faster
+    there for ResNet18 with the CIFAR stem), float32 elsewhere.
     """
-    import logging
-
-    from lightning_fabric import Fabric
-
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     chosen = pick_device(device)
     if precision == "auto":
         fast = (chosen == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)) or (
             chosen == "cpu" and _cpu_capabilities().get("amx_bf16", False)
         )
         precision = "bfloat16" if fast else "float32"
+    return "bf16-mixed" if precision == "bfloat16" else "32-true"
+
+
+def make_fabric(device: str, precision: str) -> Any:
+    """Lightning Fabric on one device, in the precision of `pick_precision`."""
+    import logging
+
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     return Fabric(
-        accelerator=chosen,
-        devices=1,
-        precision={"bfloat16": "bf16-mixed", "float32": "32-true"}[precision],
+        accelerator=pick_device(device), devices=1, precision=pick_precision(device, precision)
     )
 
 
@@ -734,7 +747,10 @@ def _load_folder(folder: Path, data_dir: Path, image_size: int) -> ImageData:
     """A folder of images in one of the three layouts of `load_images`."""
     try:
         names = [path.name for path in _subfolders(folder)]
-        split = names in (["train"], ["test", "train"])  # else these are names of classes
+        # `train` may also be the name of a class: then it holds images and has neighbours.
+        split = "train" in names and (
+            set(names) <= {"train", "test"} or bool(_subfolders(folder / "train"))
+        )
         train_folder = folder / "train" if split else folder
         test_folder = folder / "test" if split and "test" in names else None
         classes = [p.name for p in _subfolders(train_folder)]
@@ -1270,11 +1286,11 @@ def restore(
     return state["epoch"], state["history"]
 
 
-def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
-    """Write the weights under the encoder's own key names as safetensors, atomically."""
+def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    """Write a model's weights under its own key names as safetensors, atomically."""
     from safetensors.torch import save
 
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_file(path) as temporary:
         temporary.write_bytes(save(state, metadata))
 
@@ -1610,6 +1626,7 @@ def project_2d(
     For t-SNE the normalised features go through PCA to 50 dimensions first (van der Maaten &
     Hinton 2008, section 4.1).
     """
+    require(len(features) >= 5, f"a map takes at least 5 images, not {len(features)}")
     values = F.normalize(features.float(), dim=1).cpu().numpy()
     neighbours = max(1, min(neighbours, (len(values) - 1) // 3))
     if method == "umap":
@@ -1624,8 +1641,33 @@ def project_2d(
     from sklearn.manifold import TSNE
 
     values = PCA(min(50, *values.shape), random_state=seed).fit_transform(values)
-    tsne = TSNE(perplexity=neighbours, init="pca", random_state=seed, n_jobs=torch.get_num_threads())
+    jobs = torch.get_num_threads()
+    tsne = TSNE(perplexity=neighbours, init="pca", random_state=seed, n_jobs=jobs)
     return tsne.fit_transform(values)
+
+
+def report_classes(
+    predictions: Tensor, data: ImageData, folder: Path, prefix: str, title: str
+) -> dict[str, float]:
+    """Print the test accuracy of each class, draw it and the confusion matrix.
+
+    Returns:
+        Class name to accuracy in [0, 1].
+    """
+    matrix = confusion_matrix(data.test.labels, predictions, len(data.classes))
+    accuracies = per_class_accuracy(matrix, data.classes)
+    for name, value in accuracies.items():
+        print(f"Accuracy for class: {name} is {100 * value:.1f} %")
+    path = folder / f"{prefix}per_class_accuracy.png"
+    plot_per_class(path, accuracies, f"{title}: accuracy per class")
+    plot_confusion_matrix(folder / f"{prefix}confusion_matrix.png", matrix, data.classes, title)
+    return accuracies
+
+
+def print_folder(folder: Path) -> None:
+    """The last lines of a run: where everything is."""
+    print(f"Everything is in {folder}:")
+    print("  " + "  ".join(sorted(path.name for path in folder.iterdir())))
 
 
 # ------------------------------------------------------------------------------------- plots
@@ -1639,18 +1681,23 @@ CLASS_COLORS = (
 )
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, outside pyplot's global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _style(axes: Any, x: str, y: str) -> None:
+def style_axes(axes: Any, x: str, y: str) -> None:
+    """Label the axes, with a light grid and without the box; `epoch` ticks are whole numbers."""
+    if x == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
@@ -1665,18 +1712,19 @@ def _line(axes: Any, rows: Sequence[dict[str, float]], key: str, label: str, col
 
 def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
     """The column `loss` of `history` over epochs."""
-    figure = _figure(7, 3.5)
+    figure = new_figure(7, 3.5)
     axes = figure.subplots()
     _line(axes, history, "loss", "train", TRAIN_COLOR)
     axes.set_title(title)
-    _style(axes, "epoch", "loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _save_figure(figure, path)
+    style_axes(axes, "epoch", "loss")
+    save_figure(figure, path)
 
 
-def plot_loss_and_accuracy(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
-    """Loss and accuracy (in percent) over epochs, train and test, side by side."""
-    figure = _figure(9, 3.5)
+def plot_loss_and_accuracy(
+    path: Path, history: Sequence[dict[str, float]], title: str, other: str = "test"
+) -> None:
+    """Loss and accuracy (in percent) over epochs, of the training images and `other` ones."""
+    figure = new_figure(9, 3.5)
     figure.suptitle(title)
     percent = [
         {k: v * 100 if k.endswith("accuracy") else v for k, v in row.items()} for row in history
@@ -1685,11 +1733,10 @@ def plot_loss_and_accuracy(path: Path, history: Sequence[dict[str, float]], titl
         figure.subplots(1, 2), ("loss", "accuracy"), ("loss", "accuracy (%)"), strict=True
     ):
         _line(axes, percent, f"train_{key}", "train", TRAIN_COLOR)
-        _line(axes, percent, f"test_{key}", "test", TEST_COLOR)
-        _style(axes, "epoch", label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _line(axes, percent, f"{other}_{key}", other, TEST_COLOR)
+        style_axes(axes, "epoch", label)
         axes.legend(frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def class_colors(count: int) -> list[Any]:
@@ -1709,7 +1756,7 @@ def plot_scatter(
     title: str,
 ) -> None:
     """A map `(N, 2)` coloured by class, with the class name at the middle of each class."""
-    figure = _figure(8, 6.5)
+    figure = new_figure(8, 6.5)
     axes = figure.subplots()
     size = float(np.clip(20000 / len(coordinates), 3, 25))
     if labels is None:
@@ -1747,12 +1794,12 @@ def plot_scatter(
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None:
     """Horizontal bars of the accuracy of each class, in percent, with the mean as a line."""
-    figure = _figure(7, max(2.0, 0.32 * len(accuracies) + 1))
+    figure = new_figure(7, max(2.0, 0.32 * len(accuracies) + 1))
     axes = figure.subplots()
     values = [100 * value for value in accuracies.values()]
     axes.barh(list(accuracies), values, color=TRAIN_COLOR, height=0.7)
@@ -1763,17 +1810,17 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
     axes.set_title(title)
-    _style(axes, "accuracy (%)", "")
+    style_axes(axes, "accuracy (%)", "")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside lower right", frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
     """Row-normalised confusion matrix in percent; numbered from 0.5 on, up to 20 classes."""
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = float(np.clip(0.55 * len(classes) + 2, 4.5, 14))
-    figure = _figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
@@ -1795,4 +1842,4 @@ def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], ti
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
-    _save_figure(figure, path)
+    save_figure(figure, path)

@@ -29,7 +29,7 @@ STAGES = ("pretrain", "probe", "embed", "finetune")
 
 
 @dataclass(frozen=True)
-class Config(functions.RunConfig):
+class Config(functions.TrainingConfig):
     """The defaults are the recipe of the README's CIFAR-10 row."""
 
     stages: str = setting(
@@ -162,7 +162,7 @@ def nt_xent_loss(z: Tensor, temperature: float) -> Tensor:
         UserError: an odd number of rows, or a temperature that is not positive.
     """
     require(temperature > 0, f"the temperature must be positive, not {temperature}")
-    require(z.ndim == 2 and len(z) % 2 == 0, f"z must be (2B, D), not {tuple(z.shape)}")
+    require(z.ndim == 2 and len(z) % 2 == 0 < len(z), f"z must be (2B, D), not {tuple(z.shape)}")
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
         similarity = (z / temperature) @ z.T  # (2B, 2B)
@@ -336,7 +336,7 @@ def probe(
     functions.write_csv(folder / "probe.csv", result.history)
     title = f"Linear probe on the frozen encoder, {data.name}: {result.accuracy:.1%}"
     functions.plot_loss_and_accuracy(folder / "probe.png", result.history, title)
-    summary["per_class_accuracy"] = report_classes(
+    summary["per_class_accuracy"] = functions.report_classes(
         result.predictions, data, folder, "", f"Linear probe, {data.name}"
     )
     inputs = {"encoder": (train, test)}
@@ -364,21 +364,6 @@ def probe(
                 "draws": 5,
             }
     return summary
-
-
-def report_classes(
-    predictions: Tensor, data: functions.ImageData, folder: Path, prefix: str, title: str
-) -> dict[str, float]:
-    """Print the accuracy of each class and draw it with the confusion matrix."""
-    matrix = functions.confusion_matrix(data.test.labels, predictions, len(data.classes))
-    accuracies = functions.per_class_accuracy(matrix, data.classes)
-    for name, value in accuracies.items():
-        print(f"Accuracy for class: {name} is {100 * value:.1f} %")
-    path = folder / f"{prefix}per_class_accuracy.png"
-    functions.plot_per_class(path, accuracies, f"{title}: accuracy per class")
-    path = folder / f"{prefix}confusion_matrix.png"
-    functions.plot_confusion_matrix(path, matrix, data.classes, title)
-    return accuracies
 
 
 def embed(
@@ -477,10 +462,10 @@ def finetune(
     accuracy = history[-1]["test_accuracy"]
     title = f"Fine-tuned on all labels, {data.name}: {accuracy:.1%}"
     functions.plot_loss_and_accuracy(folder / "finetune.png", history, title)
-    accuracies = report_classes(
+    accuracies = functions.report_classes(
         logits.argmax(1).cpu(), data, folder, "finetune_", f"Fine-tuned, {data.name}"
     )
-    functions.save_encoder(folder / "finetuned_encoder.safetensors", model.encoder, {})
+    functions.save_weights(folder / "finetuned_encoder.safetensors", model.encoder, {})
     checkpoint.unlink()
     return {"finetune_accuracy": accuracy, "finetune_per_class_accuracy": accuracies}
 
@@ -520,16 +505,17 @@ def main(config: Config) -> dict[str, Any]:
         height,
     ).to(device, memory_format=torch.channels_last)
     with functions.open_run("simclr", config, EVALUATION) as folder:
+        precision = functions.pick_precision(config.device, config.precision)
         print(data)
         print(
             f"SimCLR with {config.encoder}, {functions.count_parameters(model) / 1e6:.1f} M "
-            f"parameters, on {functions.hardware(config.device)} ({fabric._precision.precision})"
+            f"parameters, on {functions.hardware(config.device)} ({precision})"
         )
         data = data.to(device)
         if "pretrain" in stages:
             history = pretrain(model, data.train, config, folder, fabric)
             mean, std = functions.channel_statistics(data.train.images)
-            functions.save_encoder(
+            functions.save_weights(
                 folder / "encoder.safetensors",
                 model.encoder,
                 {
@@ -586,8 +572,7 @@ def report(summary: dict[str, Any], config: Config, folder: Path) -> None:
         elif value is not None:
             print(f"{name:21} {value:.1%}")
     print(f"time                  {functions.format_seconds(summary['seconds'])}")
-    print(f"Everything is in {folder}:")
-    print("  " + "  ".join(sorted(path.name for path in folder.iterdir())))
+    functions.print_folder(folder)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from functions import (
     restore,
     run_script,
     save_checkpoint,
-    save_encoder,
+    save_weights,
     update_summary,
     write_arrays,
     write_csv,
@@ -638,7 +638,7 @@ WRITERS = {
     "json": lambda path: write_json(path, {"key": "x" * 10_000}),
     "csv": lambda path: write_csv(path, [{"epoch": i} for i in range(5000)]),
     "arrays": lambda path: write_arrays(path, a=np.random.default_rng(0).random(5000)),
-    "encoder": lambda path: save_encoder(path, make_model(width=512)[0], {}),
+    "encoder": lambda path: save_weights(path, make_model(width=512)[0], {}),
 }
 every_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
@@ -755,7 +755,7 @@ def test_encoder_is_read_back_by_safetensors(tmp_path, layout):
     encoder = functions.make_encoder("small", "cifar", 3, 8).to(memory_format=layout)
     encoder(torch.rand(4, 3, 8, 8))  # moves BatchNorm's statistics off their start
     path = tmp_path / "encoder.safetensors"
-    save_encoder(path, encoder, {"encoder": "small"})
+    save_weights(path, encoder, {"encoder": "small"})
     state = load_file(path)
     assert equal(state, encoder.state_dict())
     with safe_open(path, "pt") as file:

@@ -1,0 +1,450 @@
+"""Search the hyperparameters of rnn.py with Optuna; PyTorch Lightning runs the trials.
+
+    python rnn_hyperparameter_tune.py --cell gru                          # 100 trials of 10 epochs
+    python rnn_hyperparameter_tune.py --cell rnn --dataset digits --trials 10 --max-epochs 3
+    python rnn_hyperparameter_tune.py --resume results/rnn_hyperparameter_tune/NAME
+
+A trial is rnn.py's own model, loss, optimizer, data and seed under Lightning's `Trainer`, so its
+winner can be trained further by `python rnn.py --config .../best.json`. The validation loss
+decides; the test images are never looked at. The study lives in `study.db` of the run folder, so a
+stopped sweep goes on with the trials that are left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+import functions
+import rnn
+from functions import UserError, require, setting
+
+if TYPE_CHECKING:
+    import optuna
+
+SPACE: dict[str, Any] = {
+    "hidden_size": [128, 256, 512],
+    "num_layers": [1, 3, 5],
+    "l2": [16, 32, 64],
+    "l3": [16, 32, 64],
+    "learning_rate": (1e-4, 1e-1),  # logarithmic
+    "weight_decay": (5e-4, 1e-1),  # logarithmic
+    "batch_size": [32, 64, 128, 256],
+}
+# What a study is about: on resume it must be the same.
+SAME = ("cell", "dataset", "max_epochs", "train_fraction", "augmentation", "seed")
+
+
+@dataclass(frozen=True)
+class Config(functions.RunConfig):
+    """The defaults are the original's sweep."""
+
+    cell: Literal["rnn", "lstm", "gru"] = setting("gru", "sweep", "which cell to tune")
+    trials: int = setting(100, "sweep", "finished trials to reach, counting those on disk")
+    max_epochs: int = setting(10, "sweep", "epochs of a trial that is not pruned")
+    timeout: float | None = setting(None, "sweep", "minutes after which no trial is started")
+    pruner: Literal["median", "hyperband", "none"] = setting(
+        "median", "sweep", "how hopeless trials are stopped early"
+    )
+    train_fraction: float = setting(1.0, "sweep", "share of the training images to use")
+    augmentation: Literal["none", "original", "standard"] = setting("none", "sweep", "as in rnn.py")
+    storage: str | None = setting(
+        None, "sweep", "URL of a shared database; with --name, for many machines (default: a file)"
+    )
+    workers: int = setting(1, "sweep", "processes on this machine, each with its share of threads")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("trials", "max_epochs", "workers"):
+            require(getattr(self, name) >= 1, f"{functions.flag(name)} must be at least 1")
+        require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
+        require(
+            self.timeout is None or 0 < self.timeout < math.inf,
+            "--timeout must be a positive number of minutes",
+        )
+
+
+def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
+    """The `rnn.Config` of a trial: all seven parameters drawn from `SPACE`."""
+    drawn: dict[str, Any] = {}
+    for name, choices in SPACE.items():
+        if isinstance(choices, tuple):
+            drawn[name] = trial.suggest_float(name, *choices, log=True)
+        else:
+            drawn[name] = trial.suggest_categorical(name, choices)
+    shared = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(functions.RunConfig)
+        if field.name != "resume"
+    }
+    return rnn.Config(
+        **shared,
+        **drawn,
+        cells=config.cell,
+        epochs=config.max_epochs,
+        train_fraction=config.train_fraction,
+        augmentation=config.augmentation,
+    )
+
+
+class RowRNNModule(LightningModule):
+    """rnn.py's model, loss, optimizer and validation for Lightning's `Trainer`."""
+
+    def __init__(
+        self, config: rnn.Config, cell: str, data: functions.ImageData, validation: functions.Split
+    ):
+        super().__init__()
+        self.config, self.validation = config, validation
+        self.model = rnn.make_model(config, cell, data)
+        self.mean, self.std = functions.channel_statistics(data.train.images)
+        self.batches = rnn.Batches(data.train, self.mean, self.std, config, 0)
+
+    def train_dataloader(self) -> rnn.Batches:
+        """The batches of rnn.py; one object, which counts its epochs."""
+        return self.batches
+
+    def val_dataloader(self) -> list[functions.Split]:
+        """The validation images, as one batch."""
+        return [self.validation]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """rnn.py's optimizer and scheduler."""
+        optimizer = rnn.make_optimizer(self.model, self.config)
+        scheduler = rnn.make_scheduler(optimizer, self.config)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "monitor": "validation_loss"},
+        }
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the epoch's losses."""
+        self.losses = functions.EpochLoss(len(self.batches), self.current_epoch + 1, self.device)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """The loss of one batch; stops the trial when it is not finite."""
+        rows, labels = batch
+        loss = rnn.loss_function(self.model(rows), labels)
+        self.losses.add(loss)
+        return loss
+
+    def validation_step(self, validation: functions.Split, index: int) -> None:
+        """Log the mean loss of all validation images."""
+        loss, _ = rnn.evaluate(self.model, validation, self.mean, self.std)
+        if not math.isfinite(loss):
+            raise functions.Diverged(f"the validation loss is {loss}")
+        self.log("validation_loss", loss, batch_size=1)
+
+
+class Pruning(Callback):
+    """Report each epoch's validation loss to Optuna and stop a hopeless trial.
+
+    Optuna's own callback does not accept a `pytorch_lightning` Trainer.
+    """
+
+    def __init__(self, trial: optuna.trial.Trial):
+        self.trial = trial
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Report, then prune when the study's pruner says so."""
+        import optuna
+
+        self.trial.report(trainer.callback_metrics["validation_loss"].item(), trainer.current_epoch)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
+    """Lightning's `Trainer` without its bars, logs and checkpoints."""
+    return Trainer(
+        accelerator=functions.pick_device(config.device),
+        devices=1,
+        precision=functions.pick_precision(config.device, config.precision),
+        max_epochs=config.epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+class Objective:
+    """Trains one trial and returns its last epoch's validation loss. Loads the data once."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        example = rnn.Config(
+            **{
+                field.name: getattr(config, field.name)
+                for field in dataclasses.fields(functions.RunConfig)
+                if field.name != "resume"
+            },
+            batch_size=max(SPACE["batch_size"]),
+            train_fraction=config.train_fraction,
+        )
+        data, validation = rnn.load_splits(example)
+        device = functions.pick_device(config.device)
+        self.data, self.validation = data.to(device), validation.to(device)
+
+    def __call__(self, trial: optuna.trial.Trial) -> float:
+        """Run the trial; a failure is recorded with its reason in the trial's `reason`."""
+        config = suggest_config(trial, self.config)
+        module = RowRNNModule(config, self.config.cell, self.data, self.validation)
+        trainer = make_trainer(config, [Pruning(trial)])
+        try:
+            trainer.fit(module)
+        except functions.Diverged as error:
+            trial.set_user_attr("reason", str(error))
+            raise
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch's "out of memory" is a RuntimeError on the CPU and a subclass of it on a GPU.
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            trial.set_user_attr("reason", f"out of memory: {str(error).splitlines()[0]}")
+            raise MemoryError(str(error)) from error
+        except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+            trial.set_user_attr("reason", INTERRUPTED)
+            raise KeyboardInterrupt from None
+        return trainer.callback_metrics["validation_loss"].item()
+
+
+INTERRUPTED = "stopped by the user"
+
+
+def is_finished(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial counts: it ended, and not because somebody stopped the sweep."""
+    return trial.state.is_finished() and trial.user_attrs.get("reason") != INTERRUPTED
+
+
+def open_study(config: Config, folder: Path) -> optuna.Study:
+    """Create or continue the study.
+
+    Raises:
+        UserError: the storage cannot be reached or read, or holds a study of something else.
+    """
+    import optuna
+    import sqlalchemy.exc
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = config.storage or f"sqlite:///{folder.resolve() / 'study.db'}"
+    name = config.name if config.storage and config.name else "study"
+    pruner = {
+        "median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        "hyperband": optuna.pruners.HyperbandPruner(1, config.max_epochs),
+        "none": optuna.pruners.NopPruner(),
+    }[config.pruner]
+    about = {key: getattr(config, key) for key in SAME} | {"space": SPACE}
+    about = json.loads(json.dumps(about))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=120)
+        study = optuna.create_study(
+            storage=storage, study_name=name, pruner=pruner, load_if_exists=True
+        )
+        known = study.user_attrs.get("about")
+        if known is None:
+            study.set_user_attr("about", about)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot use the study at {url.split('@')[-1]}: {reason}") from error
+    for key in about:
+        require(
+            known in (None, about) or known.get(key) == about[key],
+            f"the study {name!r} at {url.split('@')[-1]} has {key} {(known or {}).get(key)}, "
+            f"not {about[key]}: start another run, or give a shared study another --name",
+        )
+    return study
+
+
+def run_trials(config: Config, folder: Path, count: int, number: int) -> None:
+    """Run `count` trials in this process, as worker `number`."""
+    import optuna
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
+    study = open_study(config, folder)
+    # Worker and progress go into the seed: a continued sweep must not draw the same trials again.
+    seed = [config.seed, number, len(study.trials)]
+    study.sampler = optuna.samplers.TPESampler(
+        seed=int(torch.tensor(seed).mul(torch.tensor([1, 1009, 9176])).sum() % 2**32)
+    )
+    began, limit = time.perf_counter(), config.timeout and config.timeout * 60
+
+    def report(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        done = sum(map(is_finished, study.get_trials(deepcopy=False)))
+        complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+        best = min(complete, key=lambda t: t.value, default=None)
+        pace = (time.perf_counter() - began) / max(1, done - before)
+        left = functions.format_seconds(pace * max(0, config.trials - done))
+        value = f"{trial.value:.4f}" if trial.value is not None else "      "
+        top = f"best {best.value:.4f} (trial {best.number})" if best else "none complete yet"
+        state = f"{trial.number:3} {trial.state.name.lower():8}"
+        print(f"{done:4}/{config.trials}  trial {state} {value}  {top}  {left} left")
+
+    before = sum(map(is_finished, study.get_trials(deepcopy=False)))
+    study.optimize(
+        Objective(config),
+        n_trials=count,
+        timeout=limit,
+        catch=(functions.Diverged, MemoryError),
+        callbacks=[report],
+    )
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the sweep until `config.trials` are finished; write and return `best.json`'s content.
+
+    Raises:
+        UserError: the data or the storage cannot be used, or every trial failed.
+    """
+    free = frozenset({"trials", "timeout", "workers", "pruner"})
+    with functions.open_run("rnn_hyperparameter_tune", config, free) as folder:
+        study = open_study(config, folder)
+        if config.storage is None:  # nobody else works on this file
+            forget_running(study)
+        began = time.perf_counter()
+        try:
+            while (left := config.trials - sum(map(is_finished, study.trials))) > 0:
+                if config.timeout and time.perf_counter() - began > 60 * config.timeout:
+                    break
+                if config.workers == 1:
+                    run_trials(config, folder, left, 0)
+                else:
+                    run_workers(config, folder, left)
+        finally:
+            if config.storage is None:
+                forget_running(study)
+            best = write_results(study, config, folder)
+        functions.print_folder(folder)
+    return best
+
+
+def forget_running(study: optuna.Study) -> None:
+    """End the trials that a killed process left behind; others replace them."""
+    import optuna
+
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        study._storage.set_trial_user_attr(trial._trial_id, "reason", INTERRUPTED)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def run_workers(config: Config, folder: Path, left: int) -> None:
+    """Share `left` trials among the worker processes and wait for them.
+
+    Raises:
+        UserError: a worker ended with an error of its own.
+    """
+    context = multiprocessing.get_context("spawn")
+    shares = [left // config.workers + (i < left % config.workers) for i in range(config.workers)]
+    workers = [
+        context.Process(target=run_trials, args=(config, folder, share, number))
+        for number, share in enumerate(shares)
+        if share
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # the terminal has sent it to the workers as well
+        for worker in workers:
+            worker.join()
+        raise
+    require(all(worker.exitcode != 1 for worker in workers), "a worker failed; its error is above")
+
+
+def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
+    """Write `trials.csv`, `best.json` and the plots; print the top five and how to train the best.
+
+    Raises:
+        UserError: there are finished trials, and every one failed.
+    """
+    import optuna
+
+    trials = study.get_trials()
+    functions.write_csv(
+        folder / "trials.csv",
+        [
+            {
+                "trial": trial.number,
+                "state": trial.state.name.lower(),
+                "validation_loss": trial.value,
+                "epochs": len(trial.intermediate_values),
+                **{name: trial.params.get(name) for name in SPACE},
+                "seconds": trial.duration.total_seconds() if trial.duration else None,
+                "reason": trial.user_attrs.get("reason"),
+            }
+            for trial in trials
+        ],
+    )
+    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    complete.sort(key=lambda trial: trial.value)
+    if not complete:
+        failed = [trial for trial in trials if is_finished(trial)]
+        require(not failed, f"all {len(failed)} trials failed or were pruned: see trials.csv")
+        return {}
+    best = {
+        "cell": config.cell,
+        **complete[0].params,
+        "validation_loss": complete[0].value,
+        "trial": complete[0].number,
+        "trials": sum(map(is_finished, trials)),
+        "epochs": config.max_epochs,
+        "train_fraction": config.train_fraction,
+    }
+    functions.write_json(folder / "best.json", best)
+    draw(study, folder, len(complete))
+    print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")
+    for rank, trial in enumerate(complete[:5], 1):
+        p = trial.params
+        print(
+            f"{rank:4} {trial.number:5} {trial.value:7.4f} {p['hidden_size']:7} {p['num_layers']:6}"
+            f" {p['l2']:3} {p['l3']:3} {p['learning_rate']:9.2e} {p['weight_decay']:9.2e}"
+            f" {p['batch_size']:5}"
+        )
+    print("Train the winner with:")
+    print(f"  python rnn.py --dataset {config.dataset} --config {folder / 'best.json'}")
+    return best
+
+
+def draw(study: optuna.Study, folder: Path, complete: int) -> None:
+    """Optuna's own plots as PNGs."""
+    import matplotlib
+    import optuna
+    import optuna.visualization.matplotlib as plots
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    wanted = {
+        "optimization_history": plots.plot_optimization_history,
+        "intermediate_values": plots.plot_intermediate_values,
+        "timeline": plots.plot_timeline,
+    }
+    if complete > 1:  # these two compare trials
+        wanted["parallel_coordinate"] = plots.plot_parallel_coordinate
+        wanted["param_importances"] = plots.plot_param_importances
+    for name, plot in wanted.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            figure = plot(study).figure
+        figure.set_size_inches(9, 5)
+        functions.save_figure(figure, folder / f"{name}.png")
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    functions.run_script(main, Config, __doc__)
