@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import time
@@ -115,9 +116,9 @@ class RowRNNModule(LightningModule):
         """The batches of rnn.py; one object, which counts its epochs."""
         return self.batches
 
-    def val_dataloader(self) -> list[functions.Split]:
-        """The validation images, as one batch."""
-        return [self.validation]
+    def val_dataloader(self) -> list[int]:
+        """One step, which goes through all validation images."""
+        return [0]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """rnn.py's optimizer and scheduler."""
@@ -139,9 +140,9 @@ class RowRNNModule(LightningModule):
         self.losses.add(loss)
         return loss
 
-    def validation_step(self, validation: functions.Split, index: int) -> None:
+    def validation_step(self, batch: int, index: int) -> None:
         """Log the mean loss of all validation images."""
-        loss, _ = rnn.evaluate(self.model, validation, self.mean, self.std)
+        loss, _ = rnn.evaluate(self.model, self.validation, self.mean, self.std)
         if not math.isfinite(loss):
             raise functions.Diverged(f"the validation loss is {loss}")
         self.log("validation_loss", loss, batch_size=1)
@@ -167,6 +168,8 @@ class Pruning(Callback):
 
 def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     """Lightning's `Trainer` without its bars, logs and checkpoints."""
+    for name in ("pytorch_lightning", "lightning_fabric"):  # which announce devices and products
+        logging.getLogger(name).setLevel(logging.ERROR)
     return Trainer(
         accelerator=functions.pick_device(config.device),
         devices=1,
@@ -324,10 +327,13 @@ def main(config: Config) -> dict[str, Any]:
                     run_trials(config, folder, left, 0)
                 else:
                     run_workers(config, folder, left)
+        except KeyboardInterrupt:
+            write_results(study, config, folder)
+            raise
         finally:
             if config.storage is None:
                 forget_running(study)
-            best = write_results(study, config, folder)
+        best = write_results(study, config, folder)
         functions.print_folder(folder)
     return best
 

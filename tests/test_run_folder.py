@@ -356,13 +356,13 @@ FREE = ("data_dir", "download_url", "output_dir", "name", "device")
 @pytest.mark.parametrize("name", [*FREE, *sorted(simclr.EVALUATION)])
 def test_resume_allows_other_places_and_another_evaluation(started, name):
     folder, config = started
-    value = "cpu" if name == "device" else other_value(name)
+    value = "auto" if name == "device" else other_value(name)
+    assert value != getattr(config, name)
     again = resume(folder, *arguments_for(name, value))
     assert getattr(again, name) == value
     with open_run("simclr", again, simclr.EVALUATION) as reopened:
         assert reopened == folder
     if name in simclr.EVALUATION:
-        assert value != getattr(config, name)
         with pytest.raises(UserError), open_run("simclr", again):
             pass
 
@@ -609,19 +609,15 @@ def test_missing_and_foreign_checkpoints_are_refused(saved, user_error):
             restore(other, "simclr", model, optimizer)
 
 
-def test_checkpoint_of_another_model_is_refused(saved, user_error):
-    path, _, _ = saved
-    deeper = nn.Sequential(*make_model()[0], nn.Linear(4, 4))
-    two_groups = torch.optim.SGD(
-        [{"params": [p]} for p in make_model()[0].parameters()], 0.1, momentum=0.9
-    )
-    for model, optimizer in (
-        make_model(width=17),
-        (deeper, torch.optim.SGD(deeper.parameters(), 0.1)),
-        (make_model()[0], two_groups),
-    ):
+def test_checkpoint_of_another_model_or_optimizer_is_refused(saved, user_error):
+    path, model, _ = saved
+    shallower, deeper = nn.Sequential(*model[:2]), nn.Sequential(*model, nn.Linear(4, 4))
+    for other in (make_model(width=17)[0], shallower, deeper):
         with user_error(path):
-            restore(path, "simclr", model, optimizer)
+            restore(path, "simclr", other)
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    with user_error(path):
+        restore(path, "simclr", model, torch.optim.SGD(groups, 0.1, momentum=0.9))
 
 
 # writing without losing what was there
@@ -661,6 +657,24 @@ def test_writers_replace_the_file_and_leave_nothing_else(previous, write):
     write(previous)
     assert len(previous.read_bytes()) > 5000
     assert list(previous.parent.iterdir()) == [previous]
+
+
+@every_writer
+def test_content_is_on_the_disk_before_the_name_is(previous, monkeypatch, write):
+    synced, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(file):
+        synced.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    def checked_replace(source, target):
+        assert os.stat(source).st_ino in synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", checked_replace)
+    write(previous)
+    assert os.stat(previous).st_ino in synced
 
 
 @every_writer
