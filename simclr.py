@@ -291,11 +291,9 @@ class Monitor:
     """kNN accuracy on training images held out of the bank, so that the test set stays unseen."""
 
     def __init__(self, train: functions.Split, mean: Tensor, std: Tensor):
-        bank, queries = functions.hold_out(train, 0.2)
-        self.bank, self.queries = (
-            bank.select(_some(bank, 20_000)),
-            queries.select(_some(queries, 5_000)),
-        )
+        order, fifth = shuffled(len(train)), max(1, len(train) // 5)
+        self.queries = train.select(order[:fifth][:5_000])
+        self.bank = train.select(order[fifth:][:20_000])
         self.mean, self.std = mean, std
 
     def accuracy(self, encoder: nn.Module, fabric: Any) -> float:
@@ -307,10 +305,9 @@ class Monitor:
         return functions.knn_accuracy(bank, self.bank.labels, queries, self.queries.labels)
 
 
-def _some(split: functions.Split, count: int) -> Tensor:
-    """Positions of at most `count` images, the same every time."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-    return order[:count].sort().values
+def shuffled(count: int) -> Tensor:
+    """The positions of `count` images in a random order that is the same every time."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def probe(
@@ -376,7 +373,7 @@ def embed(
     """
     mean, std = functions.channel_statistics(data.train.images)
     split = data.test or data.train
-    split = split.select(_some(split, 10_000))
+    split = split.select(shuffled(len(split))[:10_000])
     features = functions.extract_features(model.encoder, split.images, mean, std, fabric)
     coordinates = functions.project_2d(features, config.embedding, config.seed)
     labels = None if split.labels is None else split.labels.cpu().numpy()
