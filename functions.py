@@ -269,7 +269,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         UserError: the folder exists already, cannot be written, or contradicts the settings.
     """
     session = {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _git_commit(),
         "versions": _versions(),
         "hardware": hardware(config.device),
@@ -305,10 +305,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
     try:
         yield folder
     except BaseException as error:
-        if (folder / "checkpoint.pt").exists():
-            error.add_note(f"Continue with: python {script}.py --resume {shlex.quote(str(folder))}")
-        else:
-            error.add_note(f"The run folder is {folder}")
+        error.add_note(f"Continue with: python {script}.py --resume {shlex.quote(str(folder))}")
         raise
 
 
@@ -1758,7 +1755,7 @@ def plot_scatter(
     """A map `(N, 2)` coloured by class, with the class name at the middle of each class."""
     figure = new_figure(8, 6.5)
     axes = figure.subplots()
-    size = float(np.clip(20000 / len(coordinates), 3, 25))
+    size = float(np.clip(20000 / len(coordinates), 5, 25))
     if labels is None:
         axes.scatter(*coordinates.T, s=size, color=TRAIN_COLOR, linewidths=0, alpha=0.6)
     else:

@@ -225,12 +225,13 @@ class Batches:
         return len(self.split) // self.config.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device, seed = self.images.device, self.config.seed
-        torch.manual_seed(functions.epoch_generator(seed, self.epoch, stream=2).initial_seed())
+        device, seed, epoch = self.images.device, self.config.seed, self.epoch
+        self.epoch += 1
+        torch.manual_seed(functions.epoch_generator(seed, epoch, stream=2).initial_seed())
         order = torch.randperm(
-            len(self.split), generator=functions.epoch_generator(seed, self.epoch)
+            len(self.split), generator=functions.epoch_generator(seed, epoch)
         ).to(device)
-        generator = functions.epoch_generator(seed, self.epoch, device, stream=1)
+        generator = functions.epoch_generator(seed, epoch, device, stream=1)
         for step in range(len(self)):
             index = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
             images = functions.to_float(self.images[index])
@@ -240,7 +241,6 @@ class Batches:
                 images = augment(images, self.config.augmentation, generator)
                 rows = rows_from_images(functions.normalize(images, self.mean, self.std))
             yield rows, self.split.labels[index]
-        self.epoch += 1
 
 
 def evaluate(
@@ -349,7 +349,8 @@ def main(config: Config) -> dict[str, Any]:
         if config.resume is not None and checkpoint.exists():
             history = functions.load_checkpoint(checkpoint, "rnn")["history"]
             functions.write_csv(folder / "metrics.csv", history)
-        print(f"{data}, {len(validation):,} validation images")
+        print(data)
+        print(f"{len(validation):,} images of the training set are kept for validation")
         data, validation = data.to(device), validation.to(device)
         mean, std = functions.channel_statistics(data.train.images)
         begun = list(dict.fromkeys(row["cell"] for row in history))

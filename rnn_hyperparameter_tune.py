@@ -170,6 +170,8 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     """Lightning's `Trainer` without its bars, logs and checkpoints."""
     for name in ("pytorch_lightning", "lightning_fabric"):  # which announce devices and products
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # Lightning's own
+    warnings.filterwarnings("ignore", ".*does not have many workers")
     return Trainer(
         accelerator=functions.pick_device(config.device),
         devices=1,

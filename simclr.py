@@ -384,7 +384,7 @@ def embed(
         **({} if labels is None else {"labels": labels}),
     )
     method = {"tsne": "t-SNE", "umap": "UMAP"}[config.embedding]
-    title = f"{method} of {len(split):,} {data.name} images, {config.encoder} encoder"
+    title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
     path = folder / f"{config.embedding}.png"
     functions.plot_scatter(path, coordinates, labels, data.classes, title)
 

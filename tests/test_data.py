@@ -333,8 +333,11 @@ def test_long_strip_is_cropped_to_its_centre(tmp_path, shape):
 @pytest.mark.parametrize("width", [2000, 400])
 def test_large_jpeg_is_its_resized_centre(tmp_path, width):
     height = width * 3 // 4
-    y, x = np.mgrid[:height, :width] / width
-    pixels = np.stack((x * 255, y * 255, 127 + 100 * np.sin(80 * x)), 2).astype(np.uint8)
+    y, x = np.ogrid[:height, :width]
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[..., 0] = x / width * 255
+    pixels[..., 1] = y / height * 255
+    pixels[..., 2] = 127 + 100 * np.sin(80 * x / width)
     image = Image.fromarray(pixels)
     image.save(tmp_path / "a.jpg", quality=95)
     left = (width - height) // 2
@@ -521,7 +524,7 @@ def test_damage_anywhere_in_the_caches_header_is_noticed(tmp_path):
     made = make_folder(tmp_path / "in", "0.png", "1.png")
     load_folder(tmp_path / "in", tmp_path / "data")
     (array,) = cache_files(tmp_path / "data", "*.npy")
-    for position in range(0, array.stat().st_size - 2 * 3 * 8 * 8, 3):
+    for position in range(0, array.stat().st_size - 2 * 3 * 8 * 8, 5):
         content = array.read_bytes()
         array.write_bytes(content[:position] + b"(" + content[position + 1 :])
         data = load_folder(tmp_path / "in", tmp_path / "data")
@@ -995,7 +998,13 @@ def flipped(content):
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
-HEADER = idx(np.empty((60000, 28, 28), np.uint8))[:16]
+def parts(*contents):
+    """A gzip file in several parts, some of them compressed already."""
+    return b"".join(part if part is ZEROS else gzip.compress(part) for part in contents)
+
+
+HEADER = struct.pack(">BBBB3i", 0, 0, 8, 3, 60000, 28, 28)
+ZEROS = gzip.compress(bytes(47039999), 1)  # the images but for one byte
 WRONG = {
     "half": lambda good: good[: len(good) // 2],
     "without its checksum": lambda good: good[:-8],
@@ -1004,14 +1013,12 @@ WRONG = {
     "no deflate stream": lambda good: good[:10] + b"\xff" * 1000,
     "empty": lambda good: b"",
     "a web page": lambda good: b"<html>not here</html>",
-    "another type": lambda good: gzip.compress(
-        HEADER.replace(b"\x08", b"\x0b") + bytes(47040000), 1
+    "another type": lambda good: parts(HEADER.replace(b"\x08", b"\x0b"), ZEROS, b"0"),
+    "another shape": lambda good: parts(
+        HEADER[:4] + struct.pack(">3i", 30000, 56, 28), ZEROS, b"0"
     ),
-    "another shape": lambda good: gzip.compress(
-        HEADER[:4] + struct.pack(">3i", 30000, 56, 28) + bytes(47040000), 1
-    ),
-    "a byte short": lambda good: gzip.compress(HEADER + bytes(47039999), 1),
-    "a byte long": lambda good: gzip.compress(HEADER + bytes(47040001), 1),
+    "a byte short": lambda good: parts(HEADER, ZEROS),
+    "a byte long": lambda good: parts(HEADER, ZEROS, b"00"),
 }
 
 
@@ -1070,5 +1077,5 @@ def test_real_cifar10_images():
     assert data.train.labels.bincount().tolist() == [5000] * 10
     assert data.test.labels.bincount().tolist() == [1000] * 10
     assert data.classes[0] == "airplane"
-    means = data.train.images.numpy().mean((0, 2, 3)) / 255
+    means = data.train.images[::5].numpy().mean((0, 2, 3)) / 255
     np.testing.assert_allclose(means, (0.4914, 0.4822, 0.4465), atol=0.002)

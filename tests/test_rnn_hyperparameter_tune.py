@@ -200,7 +200,7 @@ def test_another_study_is_refused(tmp_path, tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"storage": "postgresql+nothing://host/x"}, "cannot use the study at host/x"),
+        ({"storage": "postgresql+nothing://host/x"}, "cannot use the study at postgresql"),
         ({"storage": "sqlite:////no/such/folder/x.db"}, "cannot use the study"),
         ({"trials": 0}, "--trials must be at least 1"),
         ({"workers": 0}, "--workers must be at least 1"),

@@ -570,7 +570,7 @@ def test_a_flip_anywhere_is_refused_or_harmless(saved):
     good = path.read_bytes()
     wanted = load_checkpoint(path, "simclr")
     refused = 0
-    for position in range(0, len(good), len(good) // 200):
+    for position in range(0, len(good), len(good) // 120):
         path.write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
         try:
             state = load_checkpoint(path, "simclr")
@@ -579,7 +579,7 @@ def test_a_flip_anywhere_is_refused_or_harmless(saved):
         else:
             assert equal(state["model"], wanted["model"])
             assert state["history"] == wanted["history"]
-    assert refused > 50
+    assert refused > 30
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch, old format", "torch", "inside a checkpoint"])
@@ -820,17 +820,12 @@ def test_importing_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [(["--epochs", "many"], "--epochs"), (["--dataset", "no/such/folder"], "no/such/folder")],
-    ids=["bad flag", "bad data"],
-)
-def test_mistake_exits_with_2_and_one_line(tmp_path, arguments, word):
-    done = run_python(tmp_path, str(REPOSITORY / "simclr.py"), *arguments)
+def test_mistake_exits_with_2_and_one_line(tmp_path):
+    done = run_python(tmp_path, str(REPOSITORY / "simclr.py"), "--dataset", "no/such/folder")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert word in line
+    assert "no/such/folder" in line
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -888,6 +883,16 @@ def test_exit_codes_and_the_command_to_go_on(
     # What is copied from "python" to the end of the line must work.
     command = shlex.split(line[line.index("python simclr.py") :])
     assert command[-2:] == ["--resume", str(tmp_path / "simclr" / "run")]
+
+
+def test_bad_flag_exits_with_2_before_anything_is_done(monkeypatch, capsys, signals):
+    monkeypatch.setattr(sys, "argv", ["simclr.py", "--epochs", "many"])
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda config: pytest.fail("it started"), Config, "")
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "--epochs" in line
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, signals):
