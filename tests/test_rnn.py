@@ -190,7 +190,9 @@ def test_run_makes_every_artifact(tmp_path, capsys, cells):
     for cell in cells.split(","):
         last = [row for row in rows if row["cell"] == cell][-1]
         assert summary[f"{cell}_validation_accuracy"] == float(last["validation_accuracy"])
-    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 80
+    *lines, place, _ = capsys.readouterr().out.splitlines()
+    assert place == f"Everything is in {folder}:"
+    assert max(map(len, lines)) <= 80
 
 
 def test_it_learns(tmp_path):

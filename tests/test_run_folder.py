@@ -279,18 +279,21 @@ def test_runs_without_a_name_in_the_same_second_get_folders_of_their_own(tmp_pat
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, SystemExit, UserError])
 @pytest.mark.parametrize("name", ["run", "a run"])
 def test_error_says_how_to_go_on(tmp_path, error, name):
-    config = Config(output_dir=str(tmp_path), name=name, device="cpu")
+    config = Config(output_dir=str(tmp_path), name=name, device="cpu", epochs=7)
     with pytest.raises(error) as caught, open_run("simclr", config) as folder:
         raise error
     (note,) = caught.value.__notes__
     assert str(folder) in note
-    assert "--resume" not in note  # there is nothing to resume yet
     (folder / "checkpoint.pt").touch()
     with pytest.raises(error) as caught, open_run("simclr", resume(folder)):
         raise error
     (note,) = caught.value.__notes__
-    command = shlex.split(note[note.index("python") :])
-    assert command == ["python", "simclr.py", "--resume", str(folder)]
+    python, script, *arguments = shlex.split(note[note.index("python") :])
+    assert (python, script) == ("python", "simclr.py")
+    again = parse_config(Config, arguments, "")
+    assert again == dataclasses.replace(config, resume=str(folder))
+    with open_run("simclr", again) as reopened:
+        assert reopened == folder
 
 
 def test_no_error_no_note_and_the_result_of_the_block_stays(started):
