@@ -848,7 +848,8 @@ def _decode(paths: list[Path], folder: Path, data_dir: Path, size: int) -> Tenso
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
             _decode_into(array, paths, folder, size)
             array.flush()
-            write_json(cache.with_suffix(".json"), {"crc32": zlib.crc32(array)})
+            Path(temporary, "sum.json").write_text(json.dumps({"crc32": zlib.crc32(array)}))
+            os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
             os.replace(draft, cache)
     except OSError as error:
         print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")

@@ -133,6 +133,17 @@ def make_scheduler(
 loss_function = F.cross_entropy
 
 
+def autocast(config: Config) -> torch.autocast:
+    """bfloat16 where `--precision` says so, as under Lightning's `Trainer`.
+
+    Each use casts the weights anew: with the cache, the gradient of a recurrent weight would be
+    summed over the rows in bfloat16.
+    """
+    enabled = functions.pick_precision(config.device, config.precision) == "bf16-mixed"
+    device = functions.pick_device(config.device)
+    return torch.autocast(device, torch.bfloat16, enabled, cache_enabled=False)
+
+
 def load_splits(config: Config) -> tuple[functions.ImageData, functions.Split]:
     """The data with a tenth of the training images taken out, and that tenth for validation.
 
@@ -263,7 +274,6 @@ def train(
     splits: tuple[functions.Split, functions.Split],
     config: Config,
     folder: Path,
-    fabric: Any,
     history: list[dict[str, Any]],
 ) -> None:
     """Train one cell until `config.epochs`, from the folder's checkpoint when it is the cell's.
@@ -274,7 +284,6 @@ def train(
         splits: training and validation images.
         config: the settings.
         folder: gets `checkpoint.pt` and a row of `metrics.csv` after each epoch.
-        fabric: Lightning Fabric, for the precision.
         history: the rows of all cells so far; this cell's are appended.
 
     Raises:
@@ -283,7 +292,6 @@ def train(
     mean, std = functions.channel_statistics(splits[0].images)
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     done = [row for row in history if row["cell"] == cell]
     if done:
         functions.restore(folder / "checkpoint.pt", "rnn", model, optimizer)
@@ -299,17 +307,18 @@ def train(
             correct = torch.zeros((), dtype=torch.long, device=splits[0].images.device)
             model.train()
             for rows, labels in batches:
-                logits = wrapped(rows)  # (B, K)
-                loss = loss_function(logits, labels)
+                with autocast(config):
+                    logits = model(rows)  # (B, K)
+                    loss = loss_function(logits, labels)
                 losses.add(loss)
                 optimizer.zero_grad()
-                fabric.backward(loss)
-                wrapped_optimizer.step()
+                loss.backward()
+                optimizer.step()
                 correct += (logits.argmax(1) == labels).sum()
                 bar.update(size)
             row = {"cell": cell, "epoch": epoch + 1, "train_loss": losses.mean()}
             row["train_accuracy"] = correct.item() / (len(batches) * size)
-            with fabric.autocast():
+            with autocast(config):
                 row["validation_loss"], predictions = evaluate(model, splits[1], mean, std)
             row["validation_accuracy"] = functions.accuracy(predictions, splits[1].labels)
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -342,7 +351,6 @@ def main(config: Config) -> dict[str, Any]:
     config = with_best(config)
     device = functions.pick_device(config.device)
     data, validation = load_splits(config)
-    fabric = functions.make_fabric(config.device, config.precision)
     with functions.open_run("rnn", config) as folder:
         checkpoint = folder / "checkpoint.pt"
         history: list[dict[str, Any]] = []
@@ -363,8 +371,8 @@ def main(config: Config) -> dict[str, Any]:
                 f"{cell}: {functions.count_parameters(model):,} parameters, "
                 f"on {functions.hardware(config.device)}"
             )
-            train(model, cell, (data.train, validation), config, folder, fabric, history)
-            with fabric.autocast():
+            train(model, cell, (data.train, validation), config, folder, history)
+            with autocast(config):
                 _, predictions = evaluate(model, data.test, mean, std)
             values = finish(model, cell, data, predictions, folder, history)
             summary = functions.update_summary(folder, values)

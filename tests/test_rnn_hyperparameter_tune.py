@@ -98,8 +98,7 @@ def test_lightning_and_rnn_train_end_with_the_same_weights(tmp_path, precision, 
     start = [p.detach().clone() for p in module.model.parameters()]
     tune.make_trainer(config, []).fit(module)
     model = rnn.make_model(config, "gru", data)
-    fabric = functions.make_fabric("cpu", precision)
-    rnn.train(model, "gru", (data.train, validation), config, tmp_path, fabric, [])
+    rnn.train(model, "gru", (data.train, validation), config, tmp_path, [])
     theirs, ours = module.model.state_dict(), model.state_dict()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
     assert not any(map(torch.equal, start, model.parameters()))

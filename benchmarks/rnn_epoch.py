@@ -1,7 +1,7 @@
 """One epoch of rnn.py beside the original way, for each cell, in one run.
 
-    python benchmarks/rnn.py --dataset data/cifar10-images
-    python benchmarks/rnn.py --share 0.1      # generated images, a tenth of CIFAR-10's number
+    python benchmarks/rnn_epoch.py --dataset data/cifar10-images
+    python benchmarks/rnn_epoch.py --share 0.1      # generated images, a tenth of CIFAR-10's number
 
 The original way: PIL images, ToTensor and Normalize per sample in a DataLoader without workers,
 batch 64, plain Adam, then a second pass over the training images for their accuracy and one over
@@ -72,9 +72,8 @@ def our_epoch(
     """One epoch of rnn.py."""
     with tempfile.TemporaryDirectory() as folder:
         model = rnn.make_model(config, cell, data)
-        fabric = functions.make_fabric("cpu", config.precision)
         with contextlib.redirect_stdout(None):
-            rnn.train(model, cell, (data.train, validation), config, Path(folder), fabric, [])
+            rnn.train(model, cell, (data.train, validation), config, Path(folder), [])
 
 
 def noise(share: float) -> tuple[functions.ImageData, functions.Split]:
