@@ -1253,7 +1253,9 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
         raise
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint: {reason}") from error
+        raise UserError(
+            f"{path} is not a readable checkpoint ({reason}); delete it to begin again"
+        ) from error
     wanted = {"script", "epoch", "model", "optimizer", "history", "config"}
     require(
         isinstance(state, dict) and wanted <= state.keys(),
