@@ -13,10 +13,12 @@ stopped sweep goes on with the trials that are left.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import multiprocessing
+import statistics
 import time
 import warnings
 from dataclasses import dataclass
@@ -429,28 +431,58 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
 
 
 def draw(study: optuna.Study, folder: Path, complete: int) -> None:
-    """Optuna's own plots as PNGs."""
+    """Draw the sweep: two plots of our own, and Optuna's where they stay legible.
+
+    Diverged trials would squeeze all others into a line, so losses are cut off at one and a half
+    times their median.
+    """
     import matplotlib
-    import optuna
     import optuna.visualization.matplotlib as plots
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wanted = {
-        "optimization_history": plots.plot_optimization_history,
-        "intermediate_values": plots.plot_intermediate_values,
-        "timeline": plots.plot_timeline,
-    }
+    trials = [t for t in study.get_trials(deepcopy=False) if t.intermediate_values]
+    last = [list(trial.intermediate_values.values())[-1] for trial in trials]
+    cap = 1.5 * statistics.median(last)
+    colors = {"COMPLETE": functions.TRAIN_COLOR, "PRUNED": functions.TEST_COLOR, "FAIL": "black"}
+
+    history = functions.new_figure(8, 4)
+    values = functions.new_figure(8, 4)
+    axes, lines = history.subplots(), values.subplots()
+    for state, color in colors.items():
+        chosen = [(t, loss) for t, loss in zip(trials, last, strict=True) if t.state.name == state]
+        for trial, _ in chosen:
+            epochs = [step + 1 for step in trial.intermediate_values]
+            losses = [min(cap, loss) for loss in trial.intermediate_values.values()]
+            label = state.lower() if trial is chosen[0][0] else None
+            lines.plot(epochs, losses, color=color, marker=".", alpha=0.5, label=label)
+        if chosen:
+            numbers, losses = zip(*((t.number, min(cap, loss)) for t, loss in chosen), strict=True)
+            axes.scatter(numbers, losses, s=14, color=color, label=state.lower())
+    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    best = list(itertools.accumulate((trial.value for trial in done), min))
+    axes.step([t.number for t in done], best, where="post", color="#009988", label="best so far")
+    functions.style_axes(axes, "trial", "validation loss of the last epoch")
+    functions.style_axes(lines, "epoch", "validation loss")
+    for figure in (history, values):
+        figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    functions.save_figure(history, folder / "optimization_history.png")
+    functions.save_figure(values, folder / "intermediate_values.png")
+
+    wanted = {"timeline": lambda: plots.plot_timeline(study)}
     if complete > 1:  # these two compare trials
-        wanted["parallel_coordinate"] = plots.plot_parallel_coordinate
-        wanted["param_importances"] = plots.plot_param_importances
+        wanted["param_importances"] = lambda: plots.plot_param_importances(study)
+        wanted["parallel_coordinate"] = lambda: plots.plot_parallel_coordinate(
+            study, target=lambda trial: min(cap, trial.value), target_name="validation loss"
+        )
     for name, plot in wanted.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            figure = plot(study).figure
-        figure.set_size_inches(9, 5)
-        functions.save_figure(figure, folder / f"{name}.png")
+            warnings.simplefilter("ignore")  # experimental, and axes of a single value
+            figure = plot().figure
+        figure.set_size_inches(10, 5)
+        with functions.atomic_file(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
         plt.close(figure)
 
 
