@@ -293,10 +293,10 @@ def train(
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
     done = [row for row in history if row["cell"] == cell]
-    if done:
+    for row in done:  # the scheduler is a function of the losses that it has seen
+        scheduler.step(row["validation_loss"])
+    if done:  # after the scheduler, whose replay changes the learning rate
         functions.restore(folder / "checkpoint.pt", "rnn", model, optimizer)
-        for row in done:  # the scheduler is a function of the losses that it has seen
-            scheduler.step(row["validation_loss"])
     batches = Batches(splits[0], mean, std, config, len(done))
     size = config.batch_size
     images_left = (config.epochs - len(done)) * len(batches) * size

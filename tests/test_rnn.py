@@ -200,24 +200,31 @@ def test_it_learns(tmp_path):
     assert rnn.main(config)["gru_test_accuracy"] > 0.85
 
 
-@pytest.mark.parametrize(("cell", "epoch"), [("rnn", 2), ("gru", 3)])
+@pytest.mark.parametrize(("cell", "epoch"), [("rnn", 4), ("gru", 4)])
 def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, cell, epoch):
-    config = small_config(tmp_path, cells="rnn,gru", patience=0, learning_rate=0.05)
-    summary = rnn.main(config)
-    folder = tmp_path / "rnn" / "stopped"
+    config = small_config(tmp_path, cells="rnn,gru", epochs=6, patience=1)
     evaluate, seen = rnn.evaluate, []
+
+    def stagnating(*args):  # so that the learning rate falls in the epochs 3 and 5
+        return 1.0, evaluate(*args)[1]
+
+    monkeypatch.setattr(rnn, "evaluate", stagnating)
+    summary = rnn.main(config)
+    rates = [float(row["learning_rate"]) for row in metrics(tmp_path / "rnn" / "run")[:6]]
+    assert rates == pytest.approx([5e-3] * 3 + [5e-4] * 2 + [5e-5])
+    folder = tmp_path / "rnn" / "stopped"
 
     def stopping(*args):
         seen.append(1)
-        # Three validations and a test per cell come before the last epoch that is cut off.
-        if len(seen) == (epoch if cell == "rnn" else 4 + epoch):
+        # A cell has six validations and a test; the validation of `epoch` is cut off.
+        if len(seen) == (epoch if cell == "rnn" else 7 + epoch):
             raise KeyboardInterrupt
-        return evaluate(*args)
+        return stagnating(*args)
 
     monkeypatch.setattr(rnn, "evaluate", stopping)
     with pytest.raises(KeyboardInterrupt):
         rnn.main(dataclasses.replace(config, name="stopped"))
-    monkeypatch.setattr(rnn, "evaluate", evaluate)
+    monkeypatch.setattr(rnn, "evaluate", stagnating)
     resumed = rnn.main(dataclasses.replace(config, name="stopped", resume=str(folder)))
     assert weights_hash(folder) == weights_hash(tmp_path / "rnn" / "run")
     assert metrics(folder) == metrics(tmp_path / "rnn" / "run")
