@@ -704,7 +704,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
         total[1] += values.square_().sum((0, 2, 3)).double().cpu()
     mean, square = total / (len(images) * images[0, 0].numel())
     std = (square - mean**2).clamp(min=1e-12).sqrt()
-    return mean.float(), std.float()
+    return mean.float().to(images.device), std.float().to(images.device)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -955,7 +955,8 @@ def draw_crop_boxes(
     boxes = torch.stack((top, left, h, w), 1)
     whole_h = min(height, round(width / ratio[0])) if width / height < ratio[0] else height
     whole_w = min(width, round(height * ratio[1])) if width / height > ratio[1] else width
-    fallback = boxes.new_tensor([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w])
+    whole = ((height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w)
+    fallback = torch.stack([torch.full_like(top, value) for value in whole], 1)
     return torch.where(fits.any(1, keepdim=True), boxes, fallback)
 
 
