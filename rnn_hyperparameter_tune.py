@@ -12,15 +12,20 @@ stopped sweep goes on with the trials that are left.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
 import math
 import multiprocessing
+import signal
 import statistics
+import sys
 import time
+import typing
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -277,6 +282,22 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
     return study
 
 
+@contextlib.contextmanager
+def noticing_ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C as usual, and a list that it fills: an exception raised in a callback may get lost."""
+    noticed: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> typing.NoReturn:
+        noticed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_trials(config: Config, folder: Path, count: int, number: int) -> None:
     """Run `count` trials in this process, as worker `number`."""
     import optuna
@@ -300,15 +321,26 @@ def run_trials(config: Config, folder: Path, count: int, number: int) -> None:
         top = f"best {best.value:.4f} (trial {best.number})" if best else "none complete yet"
         state = f"{trial.number:3} {trial.state.name.lower():8}"
         print(f"{done:4}/{config.trials}  trial {state} {value}  {top}  {left} left")
+        if noticed:
+            raise KeyboardInterrupt
 
     before = sum(map(is_finished, study.get_trials(deepcopy=False)))
-    study.optimize(
-        Objective(config),
-        n_trials=count,
-        timeout=limit,
-        catch=(functions.Diverged, MemoryError),
-        callbacks=[report],
-    )
+    with noticing_ctrl_c() as noticed:
+        study.optimize(
+            Objective(config),
+            n_trials=count,
+            timeout=limit,
+            catch=(functions.Diverged, MemoryError),
+            callbacks=[report],
+        )
+
+
+def work(config: Config, folder: Path, count: int, number: int) -> None:
+    """`run_trials` as a process of its own, which ends quietly on Ctrl-C."""
+    try:
+        run_trials(config, folder, count, number)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -360,7 +392,7 @@ def run_workers(config: Config, folder: Path, left: int) -> None:
     context = multiprocessing.get_context("spawn")
     shares = [left // config.workers + (i < left % config.workers) for i in range(config.workers)]
     workers = [
-        context.Process(target=run_trials, args=(config, folder, share, number))
+        context.Process(target=work, args=(config, folder, share, number))
         for number, share in enumerate(shares)
         if share
     ]

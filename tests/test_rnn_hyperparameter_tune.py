@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import dataclasses
 import json
@@ -249,6 +250,21 @@ def test_ctrl_c_leaves_no_trial_running_and_the_sweep_goes_on(tmp_path):
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert "RUNNING" not in states(tmp_path)
+
+
+def test_a_ctrl_c_that_gets_lost_stops_the_sweep_after_the_trial(tmp_path, tiny, monkeypatch):
+    fit, calls = tune.Trainer.fit, []
+
+    def losing(trainer, module):
+        fit(trainer, module)
+        calls.append(1)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(tune.Trainer, "fit", losing)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(small_config(tmp_path, trials=5))
+    assert len(calls) == 1
 
 
 def test_workers_share_the_trials(tmp_path):
