@@ -326,13 +326,18 @@ def run_trials(config: Config, folder: Path, count: int, number: int) -> None:
 
     before = sum(map(is_finished, study.get_trials(deepcopy=False)))
     with noticing_ctrl_c() as noticed:
-        study.optimize(
-            Objective(config),
-            n_trials=count,
-            timeout=limit,
-            catch=(functions.Diverged, MemoryError),
-            callbacks=[report],
-        )
+        try:
+            study.optimize(
+                Objective(config),
+                n_trials=count,
+                timeout=limit,
+                catch=(functions.Diverged, MemoryError),
+                callbacks=[report],
+            )
+        except Exception:
+            if noticed:  # Optuna stumbles over an interrupt that comes while it stores a result
+                raise KeyboardInterrupt from None
+            raise
 
 
 def work(config: Config, folder: Path, count: int, number: int) -> None:
