@@ -469,10 +469,49 @@ def test_resnet18_is_torchvisions(stem, parameters):
         reference.maxpool = nn.Identity()
     reference.load_state_dict(encoder.state_dict(), strict=True, assign=True)
     images = normal(2, 3, 32, 32)
-    assert torch.equal(encoder.eval()(images), reference.eval()(images))
+    torch.testing.assert_close(encoder.eval()(images), reference.eval()(images))
     assert functions.count_parameters(encoder) == parameters
     encoder.conv1.requires_grad_(False)
     assert functions.count_parameters(encoder) == parameters - encoder.conv1.weight.numel()
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (2, 2), (2, 1), (5, 2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_on_a_small_map_is_torchs(size, stride, layout):
+    reference = nn.Conv2d(4, 6, 3, stride, padding=1, dtype=torch.float64).to(memory_format=layout)
+    ours = copy.deepcopy(reference)
+    ours.__class__ = functions.SmallMapConv2d
+    images = normal(7, 4, size, size).double().to(memory_format=layout)
+    inputs = [images.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(x) for module, x in zip((ours, reference), inputs, strict=True)]
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+# oneDNN's bfloat16 weight gradient for 1x1 maps at stride 2 held uninitialised memory.
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_resnet_gradients_on_tiny_images_repeat(precision):
+    torch.manual_seed(0)
+    encoder = functions.make_encoder("resnet18", "imagenet", 1, 8)
+    encoder = encoder.to(memory_format=torch.channels_last)
+    images = normal(64, 1, 8, 8)
+    first = None
+    for _ in range(4):
+        junk = [torch.full((2**k,), math.nan) for k in range(4, 23)]
+        del junk  # memory that is handed out again
+        encoder.zero_grad()
+        with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
+            loss = encoder(images).square().mean()
+        loss.backward()
+        gradients = [p.grad.clone() for p in encoder.parameters()]
+        first = first or gradients
+        for a, b in zip(first, gradients, strict=True):
+            assert torch.equal(a, b)
+            assert a.isfinite().all()
 
 
 def history(epochs):

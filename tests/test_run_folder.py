@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -494,6 +495,16 @@ def test_later_training_does_not_reach_the_checkpoint_or_its_config(saved):
     state = load_checkpoint(path, "simclr")
     assert equal(state["model"], before)
     assert state["config"] == dataclasses.asdict(Config(epochs=7))
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(saved, name):
+    path, model, optimizer = saved
+    before = path.read_bytes()
+    model.state_dict()[name].view(-1)[3] = math.nan
+    with pytest.raises(Diverged, match=rf"{name} is not finite after epoch 3"):
+        save_checkpoint(path, "simclr", 3, model, optimizer, HISTORY, Config(epochs=7))
+    assert path.read_bytes() == before
 
 
 class Payload:
