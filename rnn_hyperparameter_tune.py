@@ -182,7 +182,7 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     return Trainer(
         accelerator=functions.pick_device(config.device),
         devices=1,
-        precision=functions.pick_precision(config.device, config.precision),
+        precision=rnn.pick_precision(config, config.cells),
         max_epochs=config.epochs,
         callbacks=callbacks,
         logger=False,

@@ -81,12 +81,15 @@ def test_every_value_reaches_the_model_the_optimizer_and_the_loader(tmp_path, na
     assert len(labels) == len(rows)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("cell", "precision"),
+    [("gru", "float32"), ("gru", "bfloat16"), ("lstm", "auto"), ("rnn", "auto")],
+)
 @pytest.mark.parametrize("augmentation", ["none", "standard"])
-def test_lightning_and_rnn_train_end_with_the_same_weights(tmp_path, precision, augmentation):
+def test_lightning_and_rnn_train_end_with_the_same_weights(tmp_path, cell, precision, augmentation):
     config = rnn.Config(
         dataset="digits",
-        cells="gru",
+        cells=cell,
         hidden_size=16,
         epochs=2,
         learning_rate=0.01,
@@ -95,11 +98,11 @@ def test_lightning_and_rnn_train_end_with_the_same_weights(tmp_path, precision, 
         augmentation=augmentation,
     )
     data, validation = rnn.load_splits(config)
-    module = tune.RowRNNModule(config, "gru", data, validation)
+    module = tune.RowRNNModule(config, cell, data, validation)
     start = [p.detach().clone() for p in module.model.parameters()]
     tune.make_trainer(config, []).fit(module)
-    model = rnn.make_model(config, "gru", data)
-    rnn.train(model, "gru", (data.train, validation), config, tmp_path, [])
+    model = rnn.make_model(config, cell, data)
+    rnn.train(model, cell, (data.train, validation), config, tmp_path, [])
     theirs, ours = module.model.state_dict(), model.state_dict()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
     assert not any(map(torch.equal, start, model.parameters()))
