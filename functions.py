@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import glob
 import gzip
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -29,13 +32,13 @@ import threading
 import time
 import types
 import typing
-import zipfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -74,6 +77,9 @@ class RunConfig:
     name: str | None = setting(None, "run", "name of the run folder (default: time and seed)")
     resume: str | None = setting(None, "run", "run folder to continue, with its own settings")
     seed: int = setting(0, "run", "seed of everything that is random")
+    logger: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "run", "where the numbers go besides metrics.csv"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "run", "where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "run", "auto: bfloat16 autocast where the hardware has matrix units for it"
@@ -117,9 +123,94 @@ class TrainingConfig(RunConfig):
         )
 
 
+@dataclass(frozen=True)
+class PretrainingConfig(TrainingConfig):
+    """The settings every self-supervised pretraining has besides, and those of its evaluation."""
+
+    STAGES: ClassVar[tuple[str, ...]] = ("pretrain", "probe", "embed", "study")
+
+    stages: str = setting("pretrain,probe,embed", "run", "what to do; with --resume any part")
+
+    encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
+        "resnet18", "model", "small has three convolutions, the ResNets are torchvision's"
+    )
+    stem: Literal["cifar", "imagenet"] = setting(
+        "cifar", "model", "first layer of a ResNet: 3x3 for small images, or the original 7x7"
+    )
+
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine", "training", "learning rate after the warm-up"
+    )
+    warmup_epochs: int = setting(0, "training", "epochs of linear warm-up")
+    knn_every: int = setting(
+        10, "training", "epochs between kNN checks on held-out training images; 0 for none"
+    )
+    keep_every: int = setting(
+        0, "training", "epochs between checkpoints that are kept in checkpoints/; 0 for none"
+    )
+
+    crop_scale_min: float = setting(0.2, "views", "smallest area of a crop, as a share")
+    flip_probability: float = setting(0.5, "views", "probability of a horizontal flip")
+    jitter: tuple[float, float, float, float] = setting(
+        (0.4, 0.4, 0.4, 0.1), "views", "strength of brightness, contrast, saturation, hue"
+    )
+    jitter_probability: float = setting(0.8, "views", "probability of the colour jitter")
+    grayscale_probability: float = setting(0.1, "views", "probability of losing the colours")
+    blur_probability: float = setting(0.0, "views", "probability of a 3x3 Gaussian blur")
+
+    probe_epochs: int = setting(100, "evaluation", "epochs of the linear probe")
+    few_labels: int = setting(10, "evaluation", "labels per class of the few-label score; 0: none")
+    pixel_baseline: bool = setting(False, "evaluation", "also probe the raw pixels, to compare")
+    labels: str = setting(
+        "10,100,1000,10000,all", "evaluation", "study: how many labels, of all classes together"
+    )
+    label_seeds: int = setting(5, "evaluation", "study: draws of the labelled images")
+    label_steps: int = setting(2000, "evaluation", "study: optimizer steps of each training")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        unknown = set(self.stage_names) - set(self.STAGES)
+        require(not unknown, f"--stages knows {','.join(self.STAGES)}, not {self.stages!r}")
+        require(0 < self.crop_scale_min <= 1, "--crop-scale-min must be above 0, at most 1")
+        require(
+            all(0 <= strength < math.inf for strength in self.jitter) and self.jitter[3] <= 0.5,
+            f"--jitter takes four numbers, not below 0, hue <= 0.5; not {self.jitter}",
+        )
+        for name in ("flip", "jitter", "grayscale", "blur"):
+            value = getattr(self, f"{name}_probability")
+            require(0 <= value <= 1, f"--{name}-probability must be in [0, 1], not {value}")
+        for name in ("probe_epochs", "label_steps"):
+            require(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
+        require(self.label_seeds >= 2, "--label-seeds must be at least 2: it gives the deviation")
+        for name in ("warmup_epochs", "knn_every", "keep_every", "few_labels"):
+            require(getattr(self, name) >= 0, f"{flag(name)} must not be negative")
+        self.label_counts(1)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages to do."""
+        return tuple(name.strip() for name in self.stages.split(","))
+
+    def label_counts(self, images: int) -> list[int]:
+        """The numbers of labels of the study, ascending; those above `images` are left out."""
+        parts = [part.strip() for part in self.labels.split(",")]
+        good = all(part == "all" or (part.isdecimal() and int(part) > 0) for part in parts)
+        require(good, f"--labels takes positive whole numbers and all, not {self.labels!r}")
+        counts = {images if part == "all" else int(part) for part in parts}
+        return sorted(count for count in counts if count <= images)
+
+
 # Settings that say where a run computes and what it does next, not what it is: they may differ
 # from the saved ones when a run is resumed.
-FREE_ON_RESUME = frozenset({"data_dir", "download_url", "output_dir", "name", "resume", "device"})
+FREE_ON_RESUME = frozenset(
+    {"data_dir", "download_url", "output_dir", "name", "resume", "device", "logger"}
+)
+# Settings of the stages after pretraining: a finished run may be evaluated again with others.
+EVALUATION = frozenset(
+    {"stages", "probe_epochs", "few_labels", "pixel_baseline"}
+    | {"labels", "label_seeds", "label_steps"}
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -276,6 +367,11 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+    if config.logger != "none":
+        require(
+            importlib.util.find_spec(config.logger) is not None,
+            f"--logger {config.logger} needs a package: pip install {config.logger}",
+        )
     if config.resume is None:
         folder = _new_folder(Path(config.output_dir) / script, config)
         record = {"script": script, **dataclasses.asdict(config), **session, "resumed": []}
@@ -404,6 +500,38 @@ def make_fabric(device: str, precision: str) -> Any:
     return Fabric(
         accelerator=pick_device(device), devices=1, precision=pick_precision(device, precision)
     )
+
+
+@contextlib.contextmanager
+def metric_logger(
+    config: RunConfig, folder: Path
+) -> Iterator[Callable[[dict[str, Any], int], None]]:
+    """A function `log(row, step)` that sends the row's numbers to TensorBoard or wandb.
+
+    With `--logger none` it does nothing. The files are in the run folder; `WANDB_MODE=offline`
+    keeps wandb off the network.
+    """
+    if config.logger == "none":
+        yield lambda row, step: None
+        return
+    from pytorch_lightning import loggers
+
+    name = f"{folder.parent.name}-{folder.name}"
+    if config.logger == "tensorboard":
+        logger: Any = loggers.TensorBoardLogger(folder, name="", version="tensorboard")
+    else:
+        logger = loggers.WandbLogger(name, folder, id=name, project="small-images", resume="allow")
+    logger.log_hyperparams(dataclasses.asdict(config))
+
+    def log(row: dict[str, Any], step: int) -> None:
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        logger.log_metrics(numbers, step)
+
+    try:
+        yield log
+    finally:
+        logger.save()
+        logger.finalize("success")
 
 
 def seed_everything(seed: int) -> None:
@@ -1127,6 +1255,33 @@ def gaussian_blur(
     return torch.where(chosen[:, None, None, None], blur(images, drawn, kernel_size), images)
 
 
+def crop_views(
+    images: Tensor, config: PretrainingConfig, generator: torch.Generator, crop_only: bool = False
+) -> Tensor:
+    """Crop, flip, colour jitter, grey and blur with the settings of the group `views`.
+
+    Args:
+        images: `(B, C, H, W)`, uint8 or float in [0, 1].
+        config: probabilities and strengths.
+        generator: on the images' device.
+        crop_only: leave out what changes colours.
+
+    Returns:
+        `(B, C, H, W)` in [0, 1].
+    """
+    scale = (config.crop_scale_min, 1.0)
+    views = random_resized_crop(to_float(images), scale=scale, generator=generator)
+    views = random_horizontal_flip(views, config.flip_probability, generator)
+    if crop_only:
+        return views
+    views = color_jitter(views, *config.jitter, config.jitter_probability, generator)
+    if config.grayscale_probability > 0:
+        views = random_grayscale(views, config.grayscale_probability, generator)
+    if config.blur_probability > 0:
+        views = gaussian_blur(views, 3, (0.1, 2.0), config.blur_probability, generator)
+    return views
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]; float images as they are."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
@@ -1204,6 +1359,22 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def read_csv(path: Path, columns: Sequence[str], texts: set[str]) -> list[dict[str, Any]]:
+    """The rows that `write_csv` wrote, numbers but for the columns `texts`; [] when there is none.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            table = list(csv.DictReader(file, strict=True))
+        return [{k: row[k] if k in texts else float(row[k]) for k in columns} for row in table]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error!r}; delete it to begin anew") from error
+
+
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed `.npz`, atomically."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
@@ -1246,6 +1417,27 @@ def save_checkpoint(
             torch.save(state, temporary)
         except RuntimeError as error:  # torch reports a full disk so
             raise OSError(str(error).splitlines()[0]) from error
+        _seal(temporary)
+
+
+# torch.load does not notice every changed byte, so the SHA-256 of the archive is kept as its
+# comment: an archive ends with the comment's length (2 bytes) and the comment.
+_SEAL_LENGTH = (64).to_bytes(2, "little")
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.truncate()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(_SEAL_LENGTH + digest.encode())
+
+
+def _sealed(content: bytes) -> bool:
+    digest = hashlib.sha256(content[:-66]).hexdigest()
+    return content[-66:] == _SEAL_LENGTH + digest.encode()
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
@@ -1256,13 +1448,14 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
     """
     require(path.is_file(), f"{path} is missing: the run has no finished epoch to go on from")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        require(damaged is None, f"{path} is damaged (checksum of {damaged})")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        require(_sealed(content), f"{path} is damaged or no checkpoint (its checksum is wrong)")
+        with warnings.catch_warnings():  # the one line that follows says enough
+            warnings.simplefilter("ignore")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
+    except Exception as error:  # torch.load raises nearly anything on what it does not know
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is not a readable checkpoint ({reason}); delete it to begin again"
@@ -1443,6 +1636,319 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+# ------------------------------------------------------------------------------- pretraining
+# What surrounds the steps of a self-supervised training: order, schedule, records, checkpoints,
+# and the stages that follow it. Views, model and loss are the scripts' own.
+
+
+class Pretraining:
+    """Everything about a pretraining but its views, its model and its loss.
+
+    `for images, generator in training.batches():` yields the batches of all epochs that are left;
+    its body makes views, embeds them with `training.model`, and ends with `training.step(loss, z)`.
+    After each epoch: `checkpoint.pt`, then a row of `metrics.csv`.
+
+    Args:
+        script: whose checkpoints these are.
+        model: with an attribute `encoder`.
+        optimizer: its first learning rate is the peak of the schedule; parameter groups with
+            `fixed=True` keep it.
+        train: on the device to compute on.
+        config: the settings; with `resume`, the folder's checkpoint is where it goes on.
+        folder: the run folder.
+        fabric: Lightning Fabric.
+        collapse_loss: a loss below this in the first tenth of the epochs is a sign of collapse.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        train: Split,
+        config: PretrainingConfig,
+        folder: Path,
+        fabric: Any,
+        collapse_loss: float = -math.inf,
+    ):
+        self.script, self.config, self.folder, self.fabric = script, config, folder, fabric
+        self.encoder, self.train, self.collapse_loss = model.encoder, train, collapse_loss
+        self.mean, self.std = channel_statistics(train.images)
+        self.peak = optimizer.param_groups[0]["lr"]
+        self._plain, self._optimizer = (model, optimizer), optimizer
+        self.model, self.optimizer = fabric.setup(model, optimizer)
+        self.start, self.history = 0, []
+        if config.resume is not None and (folder / "checkpoint.pt").exists():
+            self.start, self.history = restore(folder / "checkpoint.pt", script, model, optimizer)
+            write_csv(folder / "metrics.csv", self.history)
+        self.steps = len(train) // config.batch_size  # a smaller last batch is left out
+        monitored = config.knn_every > 0 and train.labels is not None
+        self.monitor = Monitor(train, self.mean, self.std) if monitored else None
+
+    def batches(self) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """uint8 images `(B, C, H, W)` and the generator for their views, on the images' device.
+
+        Raises:
+            Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
+        """
+        config, device = self.config, self.fabric.device
+        total = (config.epochs - self.start) * self.steps * config.batch_size
+        with (
+            progress_bar(total, "pretrain") as self.bar,
+            metric_logger(config, self.folder) as self._log,
+        ):
+            for epoch in range(self.start, config.epochs):
+                began = time.perf_counter()
+                order = torch.randperm(
+                    len(self.train), generator=epoch_generator(config.seed, epoch)
+                ).to(device)
+                generator = epoch_generator(config.seed, epoch, device, stream=1)
+                # For draws that steer the host: asking the device for them would wait for it.
+                self.host_generator = epoch_generator(config.seed, epoch, stream=4)
+                self.losses = EpochLoss(self.steps, epoch + 1, device)
+                self.model.train()
+                for step in range(self.steps):
+                    rate = self._set_rate(epoch * self.steps + step)
+                    index = order[step * config.batch_size : (step + 1) * config.batch_size]
+                    yield self.train.images[index], generator
+                self._finish_epoch(epoch, rate, time.perf_counter() - began)
+
+    def step(self, loss: Tensor, z: Tensor) -> None:
+        """Update the weights; `z` `(N, D)` are the embeddings whose spread is recorded."""
+        self.losses.add(loss)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.bar.update(self.config.batch_size)
+        self._z = z.detach()
+
+    def _set_rate(self, step: int) -> float:
+        config = self.config
+        steps, warmup = config.epochs * self.steps, config.warmup_epochs * self.steps
+        rate = scheduled_rate(self.peak, step, steps, warmup, config.schedule)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.peak if group.get("fixed") else rate
+        return rate
+
+    def _finish_epoch(self, epoch: int, rate: float, seconds: float) -> None:
+        config, done = self.config, epoch + 1
+        row = {"epoch": done, "loss": self.losses.mean(), "learning_rate": rate}
+        row["seconds"] = seconds
+        row["images_per_second"] = self.steps * config.batch_size / seconds
+        row["embedding_std"] = embedding_std(self._z)
+        row["rank_me"] = rank_me(self._z)
+        if self.monitor and (done % config.knn_every == 0 or done == config.epochs):
+            row["knn_held_out"] = self.monitor.accuracy(self.encoder, self.fabric)
+        self.history.append(row)
+        state = (self.script, done, *self._plain, self.history, config)
+        save_checkpoint(self.folder / "checkpoint.pt", *state)
+        write_csv(self.folder / "metrics.csv", self.history)
+        self._log(row, done)
+        if config.keep_every and done % config.keep_every == 0:
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            save_checkpoint(self.folder / "checkpoints" / f"epoch{done}.pt", *state)
+        self._warn_of_collapse(row)
+        if done % max(1, config.epochs // 20) == 0:
+            knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
+            left = format_seconds(seconds * (config.epochs - done))
+            self.bar.write(
+                f"epoch {done:4}/{config.epochs}  loss {row['loss']:.4f}  "
+                f"{row['images_per_second']:,.0f} images/s  {left} left{knn}"
+            )
+
+    def _warn_of_collapse(self, row: dict[str, float]) -> None:
+        spread = row["embedding_std"] * math.sqrt(self._z.shape[1])
+        early = row["epoch"] <= max(1, self.config.epochs // 10)
+        if spread < 0.1 or (early and row["loss"] < self.collapse_loss):
+            self.bar.write(
+                f"warning: the embedding collapses: its standard deviation is {spread:.0%} of what "
+                f"fills the sphere, the loss {row['loss']:.3f}; try a lower --learning-rate"
+            )
+
+
+class Monitor:
+    """kNN accuracy on training images held out of the bank, so that the test set stays unseen."""
+
+    def __init__(self, train: Split, mean: Tensor, std: Tensor):
+        order, fifth = shuffled(len(train)), max(1, len(train) // 5)
+        self.queries = train.select(order[:fifth][:5_000])
+        self.bank = train.select(order[fifth:][:20_000])
+        self.mean, self.std = mean, std
+
+    def accuracy(self, encoder: nn.Module, fabric: Any) -> float:
+        """In [0, 1]."""
+        bank, queries = (
+            extract_features(encoder, split.images, self.mean, self.std, fabric)
+            for split in (self.bank, self.queries)
+        )
+        return knn_accuracy(bank, self.bank.labels, queries, self.queries.labels)
+
+
+def shuffled(count: int) -> Tensor:
+    """The positions of `count` images in a random order that is the same every time."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+Stage = Callable[[Any, ImageData, Any, Path, Any], dict[str, Any] | None]
+
+
+def run_pretraining(
+    script: str,
+    config: Any,
+    make_model: Callable[[int, int], nn.Module],
+    pretrain: Callable[[Any, Split, Any, Path, Any], list[dict[str, float]]],
+    stages: dict[str, Stage],
+    free: frozenset[str],
+) -> dict[str, Any]:
+    """Load the data, pretrain (or restore a finished run), do the other stages of `config`.
+
+    Args:
+        script: its name.
+        config: its `Config`.
+        make_model: from the images' channels and side to a model with an attribute `encoder`.
+        pretrain: trains the model and returns the rows of `metrics.csv`.
+        stages: by name; each returns what it adds to `summary.json`.
+        free: the settings that may differ when a finished run is evaluated again.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: data, settings or a run folder that cannot be used.
+        Diverged: the loss is not finite.
+    """
+    require(
+        "pretrain" in config.stage_names or config.resume is not None,
+        "--stages without pretrain needs --resume RUN_FOLDER",
+    )
+    device = pick_device(config.device)
+    data = load_images(config.dataset, config.data_dir, config.image_size, config.download_url)
+    require(
+        config.batch_size <= len(data.train),
+        f"--batch-size {config.batch_size} is larger than the data set ({len(data.train)} images)",
+    )
+    fabric = make_fabric(config.device, config.precision)
+    channels, height = data.train.images.shape[1:3]
+    seed_everything(config.seed)
+    model = make_model(channels, height).to(device, memory_format=torch.channels_last)
+    with open_run(script, config, free) as folder:
+        print(data)
+        print(
+            f"{type(model).__name__} with {config.encoder}, "
+            f"{count_parameters(model) / 1e6:.1f} M parameters, on {hardware(config.device)} "
+            f"({pick_precision(config.device, config.precision)})"
+        )
+        data = data.to(device)
+        if "pretrain" in config.stage_names:
+            history = pretrain(model, data.train, config, folder, fabric)
+            mean, std = channel_statistics(data.train.images)
+            facts = {"encoder": config.encoder, "stem": config.stem}
+            facts |= {"mean": str(mean.tolist()), "std": str(std.tolist())}
+            save_weights(folder / "encoder.safetensors", model.encoder, facts)
+            title = f"{type(model).__name__} pretraining on {data.name}, {config.encoder}"
+            plot_loss(folder / "loss.png", history, title)
+        else:
+            epoch, history = restore(folder / "checkpoint.pt", script, model)
+            require(
+                epoch == config.epochs,
+                f"{folder} has finished {epoch} of {config.epochs} epochs: let it finish first, "
+                "with pretrain among the --stages",
+            )
+        seconds = sum(row["seconds"] for row in history)
+        values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
+        summary = update_summary(folder, values)
+        for stage in (stage for stage in stages if stage in config.stage_names):
+            if stage != "embed" and not data.classes:
+                print(f"{stage} is skipped: it needs labels, and {data.name} has none")
+                continue
+            began = time.perf_counter()
+            values = stages[stage](model, data, config, folder, fabric) or {}
+            values[f"{stage}_seconds"] = time.perf_counter() - began
+            summary = update_summary(folder, values)
+        report(summary, folder)
+    return summary
+
+
+def report(summary: dict[str, Any], folder: Path) -> None:
+    """Print the numbers and where everything is."""
+    print(f"final loss            {summary['final_loss']:.4f}")
+    for key, name in (
+        ("linear_probe_accuracy", "linear probe"),
+        ("pixel_probe_accuracy", "  on raw pixels"),
+        ("knn_accuracy", "kNN"),
+        ("few_label_accuracy_encoder", "{} labels per class"),
+        ("few_label_accuracy_pixels", "  on raw pixels"),
+        ("finetune_accuracy", "fine-tuned"),
+    ):
+        value = summary.get(key)
+        if isinstance(value, dict):
+            name = name.format(value["labels_per_class"])
+            print(f"{name:21} {value['mean']:.1%} ± {value['sd']:.1%} over {value['draws']} draws")
+        elif value is not None:
+            print(f"{name:21} {value:.1%}")
+    print(f"time                  {format_seconds(summary['seconds'])}")
+    print_folder(folder)
+
+
+def probe_stage(
+    model: Any, data: ImageData, config: PretrainingConfig, folder: Path, fabric: Any
+) -> dict[str, Any]:
+    """Linear probe, kNN, per-class accuracy and the few-label score on the frozen encoder.
+
+    Writes `probe.csv`, `probe.png`, `per_class_accuracy.png` and `confusion_matrix.png`.
+    """
+    mean, std = channel_statistics(data.train.images)
+    train, test = (
+        extract_features(model.encoder, split.images, mean, std, fabric)
+        for split in (data.train, data.test)
+    )
+    train_labels, test_labels = data.train.labels, data.test.labels
+    result = linear_probe(
+        train, train_labels, test, test_labels, config.probe_epochs, seed=config.seed
+    )
+    summary: dict[str, Any] = {
+        "linear_probe_accuracy": result.accuracy,
+        "knn_accuracy": knn_accuracy(train, train_labels, test, test_labels),
+    }
+    write_csv(folder / "probe.csv", result.history)
+    title = f"Linear probe on the frozen encoder, {data.name}: {result.accuracy:.1%}"
+    plot_loss_and_accuracy(folder / "probe.png", result.history, title)
+    summary["per_class_accuracy"] = report_classes(
+        result.predictions, data, folder, "", f"Linear probe, {data.name}"
+    )
+    inputs = {"encoder": (train, test)}
+    if config.pixel_baseline:
+        inputs["pixels"] = tuple(
+            to_float(split.images).flatten(1) for split in (data.train, data.test)
+        )
+        summary["pixel_probe_accuracy"] = linear_probe(
+            inputs["pixels"][0],
+            train_labels,
+            inputs["pixels"][1],
+            test_labels,
+            config.probe_epochs,
+            seed=config.seed,
+        ).accuracy
+    if config.few_labels:
+        for name, (known, unknown) in inputs.items():
+            score, deviation = few_label_accuracy(
+                known, train_labels, unknown, test_labels, config.few_labels
+            )
+            summary[f"few_label_accuracy_{name}"] = {
+                "labels_per_class": config.few_labels,
+                "mean": score,
+                "sd": deviation,
+                "draws": 5,
+            }
+    return summary
+
+
+def split_to_map(data: ImageData) -> Split:
+    """At most 10,000 test images (training images when there are no labels), shuffled."""
+    split = data.test or data.train
+    return split.select(shuffled(len(split))[:10_000])
+
+
 # -------------------------------------------------------------------------------- evaluation
 
 
@@ -1619,6 +2125,254 @@ def few_label_accuracy(
     return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
+def train_classifier(
+    classifier: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    prepare: Callable[[Tensor, torch.Generator], Tensor],
+    epochs: int,
+    seed: int,
+    fabric: Any,
+    start: int = 0,
+    batch_size: int = 256,
+) -> Iterator[dict[str, float]]:
+    """Cross-entropy on `inputs[index]` after `prepare`, cosine from the optimizer's first rate.
+
+    Args:
+        classifier: any module `(B, ...) -> (B, K)`.
+        optimizer: over its weights; its `defaults["lr"]` is the peak rate.
+        inputs: `(N, ...)`, images or features, on the device to compute on.
+        labels: `(N,)`.
+        prepare: augments and normalises a batch, with a generator on the inputs' device.
+        epochs: the schedule's length; `start` of them are done.
+        seed: of order and augmentation.
+        fabric: Lightning Fabric.
+        start: epochs that are done, when the training goes on.
+        batch_size: capped at N; a smaller last batch is left out.
+
+    Yields:
+        `epoch`, `train_loss` and `train_accuracy` in [0, 1] after each epoch.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    wrapped, wrapped_optimizer = fabric.setup(classifier, optimizer)
+    peak, batch = optimizer.defaults["lr"], min(batch_size, len(inputs))
+    steps = len(inputs) // batch
+    for epoch in range(start, epochs):
+        order = torch.randperm(len(inputs), generator=epoch_generator(seed, epoch, stream=2))
+        order = order.to(inputs.device)
+        generator = epoch_generator(seed, epoch, inputs.device, stream=3)
+        losses = EpochLoss(steps, epoch + 1, inputs.device)
+        correct = torch.zeros((), dtype=torch.long, device=inputs.device)
+        classifier.train()
+        for step in range(steps):
+            rate = scheduled_rate(peak, epoch * steps + step, epochs * steps, 0, "cosine")
+            optimizer.param_groups[0]["lr"] = rate
+            index = order[step * batch : (step + 1) * batch]
+            logits = wrapped(prepare(inputs[index], generator))  # (B, K)
+            loss = F.cross_entropy(logits, labels[index])
+            losses.add(loss)
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            wrapped_optimizer.step()
+            correct += (logits.argmax(1) == labels[index]).sum()
+        yield {
+            "epoch": epoch + 1,
+            "train_loss": losses.mean(),
+            "train_accuracy": correct.item() / (steps * batch),
+        }
+
+
+# What the label-efficiency study compares: name in the table, and colour in the figure.
+STUDY = {
+    "supervised": ("from scratch, plain", "#BBBBBB"),
+    "supervised-tuned": ("from scratch, tuned", "#333333"),
+    "linear": ("frozen + linear", "#0077BB"),
+    "mlp": ("frozen + MLP", "#009988"),
+    "finetuned": ("fine-tuned", "#EE7733"),
+}
+
+
+def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Positions `(count,)` of labelled images: class-balanced, and nested for the same seed.
+
+    The first K are one image of each of the K classes, the next K another one, and so on; a class
+    that has no more images is passed over.
+    """
+    draw = np.random.default_rng(seed)
+    values = labels.cpu().numpy()
+    classes = draw.permutation(np.unique(values))
+    turns = [
+        (rank, place, image)
+        for place, label in enumerate(classes)
+        for rank, image in enumerate(draw.permutation(np.flatnonzero(values == label)))
+    ]
+    return torch.tensor([int(image) for _, _, image in sorted(turns)[:count]])
+
+
+def study_stage(
+    model: Any, data: ImageData, config: PretrainingConfig, folder: Path, fabric: Any
+) -> dict[str, Any]:
+    """Label-efficiency study: what the encoder buys when few training images have labels.
+
+    For each number of labels and each draw of them, five classifiers with the same architecture of
+    encoder: trained from scratch plainly (Adam 1e-3, no augmentation) or tuned (crops and flips,
+    AdamW, the epoch with the lowest loss on a tenth of the labelled images), a linear layer and a
+    one-hidden-layer MLP on the frozen encoder, and the encoder fine-tuned like the tuned one. All
+    take `config.label_steps` steps with a cosine schedule. Writes `label_efficiency.csv` (a row per
+    training; an interrupted study goes on from it) and `label_efficiency.png`.
+
+    Returns:
+        `label_efficiency`: method, then number of labels, then `accuracy`, `accuracy_sd`,
+        `macro_f1` and `macro_f1_sd` over the draws, on the test images, in [0, 1].
+    """
+    from sklearn.metrics import f1_score
+
+    path = folder / "label_efficiency.csv"
+    known = ("labels", "seed", "steps")
+    rows = read_csv(path, (*known, "method", "accuracy", "macro_f1", "seconds"), {"method"})
+    rows = [{**row, **{name: int(row[name]) for name in known}} for row in rows]
+    done = {tuple(row[name] for name in (*known, "method")) for row in rows}
+    study = Study(model.encoder, data, config, fabric)
+    counts = config.label_counts(len(data.train))
+    for count in counts:
+        for seed in range(config.label_seeds):
+            chosen = draw_labels(data.train.labels, count, seed).to(data.train.images.device)
+            for method in STUDY:
+                if (count, seed, config.label_steps, method) in done:
+                    continue
+                began = time.perf_counter()
+                predictions = study.predict(method, chosen, seed).cpu()
+                truth = data.test.labels.cpu()
+                row = {"labels": count, "seed": seed, "steps": config.label_steps}
+                row |= {"method": method, "accuracy": accuracy(predictions, truth)}
+                row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
+                rows.append({**row, "seconds": time.perf_counter() - began})
+                write_csv(path, rows)
+        print(f"{count:,} labels: {_study_line(rows, count, config)}")
+    table = {
+        method: {str(count): _study_mean(rows, method, count, config) for count in counts}
+        for method in STUDY
+    }
+    title = f"{len(data.test):,} test images of {data.name}, {config.label_seeds} draws"
+    plot_label_efficiency(folder / "label_efficiency.png", table, title)
+    return {"label_efficiency": table}
+
+
+def _study_mean(
+    rows: list[dict[str, Any]], method: str, count: int, config: PretrainingConfig
+) -> dict[str, float]:
+    key = (method, count, config.label_steps)
+    these = [
+        row
+        for row in rows
+        if (row["method"], row["labels"], row["steps"]) == key and row["seed"] < config.label_seeds
+    ]
+    result = {}
+    for name in ("accuracy", "macro_f1"):
+        values = [row[name] for row in these]
+        result |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values, ddof=1))}
+    return result
+
+
+def _study_line(rows: list[dict[str, Any]], count: int, config: PretrainingConfig) -> str:
+    parts = []
+    for method, (name, _) in STUDY.items():
+        mean = _study_mean(rows, method, count, config)
+        parts.append(f"{name} {100 * mean['macro_f1']:.1f} ± {100 * mean['macro_f1_sd']:.1f}")
+    return "macro-F1 % " + ", ".join(parts)
+
+
+class Study:
+    """The trainings of `study_stage`, on the data and features that they share."""
+
+    def __init__(self, encoder: nn.Module, data: ImageData, config: PretrainingConfig, fabric: Any):
+        self.encoder, self.data, self.config, self.fabric = encoder, data, config, fabric
+        self.mean, self.std = channel_statistics(data.train.images)
+        self.train, self.test = (
+            extract_features(encoder, split.images, self.mean, self.std, fabric)
+            for split in (data.train, data.test)
+        )
+        # The unlabelled training images say how features are spread, whatever the labels' number.
+        spread, centre = torch.std_mean(self.train, 0)
+        self.train, self.test = (
+            (features - centre) / spread.clamp(min=1e-6) for features in (self.train, self.test)
+        )
+
+    def predict(self, method: str, chosen: Tensor, seed: int) -> Tensor:
+        """Classes `(N,)` of the test images after training on the labelled images `chosen`."""
+        seed_everything(seed)
+        classes = len(self.data.classes)
+        if method in ("linear", "mlp"):
+            inputs, width = self.train, self.train.shape[1]
+            hidden = (nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU())
+            classifier = nn.Sequential(
+                *(hidden if method == "mlp" else ()),
+                nn.Linear(512 if method == "mlp" else width, classes),
+            )
+        else:
+            inputs = self.data.train.images
+            channels, height = inputs.shape[1:3]
+            if method == "finetuned":
+                encoder = copy.deepcopy(self.encoder)
+            else:
+                encoder = make_encoder(self.config.encoder, self.config.stem, channels, height)
+            classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
+        classifier = classifier.to(inputs.device, memory_format=torch.channels_last)
+        decay = 0.0 if method == "supervised" else 0.01
+        fused = inputs.device.type != "mps"
+        optimizer = torch.optim.AdamW(
+            classifier.parameters(), 1e-3, weight_decay=decay, fused=fused
+        )
+        selected = method in ("supervised-tuned", "finetuned") and len(chosen) >= 10 * classes
+        held = len(chosen) // 10 if selected else 0  # the last ones: class-balanced, too
+        fit, held_out = chosen[: len(chosen) - held], chosen[len(chosen) - held :]
+        self._fit(method, classifier, optimizer, inputs, fit, held_out, seed)
+        if method in ("linear", "mlp"):
+            with evaluating(classifier):
+                return classifier(self.test).argmax(1)
+        return self._logits(classifier, self.data.test.images).argmax(1)
+
+    def _logits(self, classifier: nn.Module, images: Tensor) -> Tensor:
+        return extract_features(classifier, images, self.mean, self.std, self.fabric)
+
+    def _fit(
+        self,
+        method: str,
+        classifier: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        inputs: Tensor,
+        chosen: Tensor,
+        held_out: Tensor,
+        seed: int,
+    ) -> None:
+        """Train; with held-out images keep the weights with the lowest loss on them."""
+
+        def prepare(batch: Tensor, generator: torch.Generator) -> Tensor:
+            if method in ("linear", "mlp"):
+                return batch
+            if method != "supervised":
+                batch = crop_views(batch, self.config, generator, crop_only=True)
+            batch = normalize(to_float(batch), self.mean, self.std)
+            return batch.contiguous(memory_format=torch.channels_last)
+
+        labels = self.data.train.labels
+        batch = min(256, len(chosen))
+        epochs = math.ceil(self.config.label_steps / (len(chosen) // batch))
+        best, best_loss = None, math.inf
+        parts = (inputs[chosen], labels[chosen], prepare, epochs, seed, self.fabric)
+        for row in train_classifier(classifier, optimizer, *parts):
+            if len(held_out) and row["epoch"] % math.ceil(epochs / 20) == 0:
+                logits = self._logits(classifier, inputs[held_out])
+                loss = F.cross_entropy(logits, labels[held_out]).item()
+                if loss < best_loss:
+                    best, best_loss = copy.deepcopy(classifier.state_dict()), loss
+        if best is not None:
+            classifier.load_state_dict(best)
+
+
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Share of right predictions, in [0, 1]."""
     return (predictions == labels).sum().item() / len(labels)
@@ -1665,8 +2419,6 @@ def project_2d(
     values = F.normalize(features.float(), dim=1).cpu().numpy()
     neighbours = max(1, min(neighbours, (len(values) - 1) // 3))
     if method == "umap":
-        import warnings
-
         with warnings.catch_warnings():  # a fixed seed means one thread, as documented
             warnings.filterwarnings("ignore", "n_jobs value", UserWarning)
             from umap import UMAP
@@ -1829,6 +2581,28 @@ def plot_scatter(
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
+    save_figure(figure, path)
+
+
+def plot_label_efficiency(
+    path: Path, table: dict[str, dict[str, dict[str, float]]], title: str
+) -> None:
+    """Macro-F1 over the number of labels, a line per method of `STUDY` with its deviation."""
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    for method, values in table.items():
+        name, color = STUDY[method]
+        counts = [int(count) for count in values]
+        mean = 100 * np.array([value["macro_f1"] for value in values.values()])
+        spread = 100 * np.array([value["macro_f1_sd"] for value in values.values()])
+        axes.plot(counts, mean, "o-", color=color, label=name, markersize=4, linewidth=1.5)
+        axes.fill_between(counts, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    axes.set_title(title)
+    style_axes(axes, "labelled training images", "macro-F1 (%), mean ± sd")
+    axes.legend(frameon=False, loc="lower right")
     save_figure(figure, path)
 
 
