@@ -2193,13 +2193,13 @@ def train_classifier(
         }
 
 
-# What the label-efficiency study compares: name in the table, and colour in the figure.
+# What the label-efficiency study compares: names in the table and in the figure, and colour.
 STUDY = {
-    "supervised": ("from scratch, plain", "#BBBBBB"),
-    "supervised-tuned": ("from scratch, tuned", "#333333"),
-    "linear": ("frozen + linear", "#0077BB"),
-    "mlp": ("frozen + MLP", "#009988"),
-    "finetuned": ("fine-tuned", "#EE7733"),
+    "supervised": ("scratch", "from scratch, plain", "#AAAAAA"),
+    "supervised-tuned": ("scratch tuned", "from scratch, tuned", "#333333"),
+    "linear": ("frozen linear", "frozen encoder, linear", "#0077BB"),
+    "mlp": ("frozen MLP", "frozen encoder, MLP", "#009988"),
+    "finetuned": ("fine-tuned", "fine-tuned encoder", "#EE7733"),
 }
 
 
@@ -2245,6 +2245,8 @@ def study_stage(
     done = {tuple(row[name] for name in (*known, "method")) for row in rows}
     study = Study(model.encoder, data, config, fabric)
     counts = config.label_counts(len(data.train))
+    print(f"macro-F1 in %, mean ± sd over {config.label_seeds} draws of the labelled images")
+    print("labels" + "".join(f"{short:>14}" for short, _, _ in STUDY.values()))
     for count in counts:
         for seed in range(config.label_seeds):
             chosen = draw_labels(data.train.labels, count, seed).to(data.train.images.device)
@@ -2259,7 +2261,7 @@ def study_stage(
                 row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
                 rows.append({**row, "seconds": time.perf_counter() - began})
                 write_csv(path, rows)
-        print(f"{count:,} labels: {_study_line(rows, count, config)}")
+        print(_study_line(rows, count, config))
     table = {
         method: {str(count): _study_mean(rows, method, count, config) for count in counts}
         for method in STUDY
@@ -2286,11 +2288,9 @@ def _study_mean(
 
 
 def _study_line(rows: list[dict[str, Any]], count: int, config: PretrainingConfig) -> str:
-    parts = []
-    for method, (name, _) in STUDY.items():
-        mean = _study_mean(rows, method, count, config)
-        parts.append(f"{name} {100 * mean['macro_f1']:.1f} ± {100 * mean['macro_f1_sd']:.1f}")
-    return "macro-F1 % " + ", ".join(parts)
+    means = [_study_mean(rows, method, count, config) for method in STUDY]
+    cells = [f"{100 * mean['macro_f1']:.1f} ± {100 * mean['macro_f1_sd']:.1f}" for mean in means]
+    return f"{count:6,}" + "".join(f"{cell:>14}" for cell in cells)
 
 
 class Study:
@@ -2599,7 +2599,7 @@ def plot_label_efficiency(
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for method, values in table.items():
-        name, color = STUDY[method]
+        _, name, color = STUDY[method]
         counts = [int(count) for count in values]
         mean = 100 * np.array([value["macro_f1"] for value in values.values()])
         spread = 100 * np.array([value["macro_f1_sd"] for value in values.values()])

@@ -311,7 +311,10 @@ def train(
     batches = Batches(splits[0], mean, std, config, len(done))
     size = config.batch_size
     images_left = (config.epochs - len(done)) * len(batches) * size
-    with functions.progress_bar(images_left, cell) as bar:
+    with (
+        functions.progress_bar(images_left, cell) as bar,
+        functions.metric_logger(config, folder) as log,
+    ):
         for epoch in range(len(done), config.epochs):
             began = time.perf_counter()
             losses = functions.EpochLoss(len(batches), epoch + 1, splits[0].images.device)
@@ -340,6 +343,7 @@ def train(
                 folder / "checkpoint.pt", "rnn", epoch + 1, model, optimizer, history, config
             )
             functions.write_csv(folder / "metrics.csv", history)
+            log({f"{cell}_{name}": value for name, value in row.items()}, epoch + 1)
             if (epoch + 1) % max(1, config.epochs // 20) == 0:
                 left = functions.format_seconds(row["seconds"] * (config.epochs - epoch - 1))
                 bar.write(

@@ -422,21 +422,22 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
     import optuna
 
     trials = study.get_trials()
-    functions.write_csv(
-        folder / "trials.csv",
-        [
-            {
-                "trial": trial.number,
-                "state": trial.state.name.lower(),
-                "validation_loss": trial.value,
-                "epochs": len(trial.intermediate_values),
-                **{name: trial.params.get(name) for name in SPACE},
-                "seconds": trial.duration.total_seconds() if trial.duration else None,
-                "reason": trial.user_attrs.get("reason"),
-            }
-            for trial in trials
-        ],
-    )
+    rows = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "validation_loss": trial.value,
+            "epochs": len(trial.intermediate_values),
+            **{name: trial.params.get(name) for name in SPACE},
+            "seconds": trial.duration.total_seconds() if trial.duration else None,
+            "reason": trial.user_attrs.get("reason"),
+        }
+        for trial in trials
+    ]
+    functions.write_csv(folder / "trials.csv", rows)
+    with functions.metric_logger(config, folder) as log:
+        for row in rows:
+            log(row, row["trial"])
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     complete.sort(key=lambda trial: trial.value)
     if not complete:
