@@ -46,7 +46,7 @@ class Config(functions.PretrainingConfig):
     projector_layers: int = setting(2, "model", "layers of the paper's projector, 2 or 3")
 
     learning_rate: float = setting(
-        0.03, "training", "SGD's peak, multiplied by batch size / 256; the predictor keeps it"
+        0.1, "training", "SGD's peak, multiplied by batch size / 256; the predictor keeps it"
     )
     weight_decay: float = setting(1e-5, "training", "weight decay")
     keep_every: int = setting(
