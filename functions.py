@@ -315,14 +315,17 @@ def load_config(config_class: type, folder: str | Path) -> Any:
 def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> None:
     """Parse the command line, call `main`, and turn the expected failures into one line each.
 
-    Exit codes: 2 for a user's mistake, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for
-    SIGTERM. Anything else is a bug and keeps its traceback.
+    Exit codes: 2 for a user's mistake, 1 for a loss that is not finite and for lack of memory, 130
+    for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1 (SLURM's warning). Anything else is a bug and keeps
+    its traceback.
     """
 
     def stop(signal_number: int, frame: Any) -> typing.NoReturn:
         raise SystemExit(128 + signal_number)
 
-    signal.signal(signal.SIGTERM, stop)
+    stops = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    for number in stops:
+        signal.signal(number, stop)
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main(parse_config(config_class, sys.argv[1:], text))
@@ -330,12 +333,25 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
         _exit_with(2, f"error: {error}", error)
     except Diverged as error:
         _exit_with(1, f"error: {error}", error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
     except KeyboardInterrupt as error:
         _exit_with(130, "stopped by Ctrl-C", error)
     except SystemExit as error:
-        if error.code == 128 + signal.SIGTERM:
-            _exit_with(143, "stopped by SIGTERM", error)
+        for number in stops:
+            if error.code == 128 + number:
+                _exit_with(error.code, f"stopped by {number.name}", error)
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: PyTorch says so by a RuntimeError, or a subclass of it on a GPU."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn:
@@ -2053,6 +2069,9 @@ def linear_probe(
     Features `(N, D)` are standardised with the training features' statistics; Adam with cosine.
     `history` has a row per epoch: `train_loss` and `train_accuracy` from the training pass itself,
     `test_loss` and `test_accuracy` after it. Accuracies in [0, 1].
+
+    Raises:
+        Diverged: the loss is not finite.
     """
     device = train_features.device
     std, mean = torch.std_mean(train_features, 0, correction=0)
@@ -2070,6 +2089,7 @@ def linear_probe(
     for epoch in range(epochs):
         order = torch.randperm(len(train_labels), generator=epoch_generator(seed, epoch))
         order = order.to(device)
+        losses = EpochLoss(steps, epoch + 1, device)
         total = torch.zeros(2, device=device)
         for step, index in enumerate(order.split(batch_size)):
             rate = scheduled_rate(learning_rate, epoch * steps + step, epochs * steps, 0, "cosine")
@@ -2077,11 +2097,13 @@ def linear_probe(
             labels = train_labels[index]
             logits = F.linear(train_features[index], weight, bias)
             loss = F.cross_entropy(logits, labels)
+            losses.add(loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total[0] += loss.detach() * len(index)
             total[1] += (logits.argmax(1) == labels).sum()
+        losses.mean()  # looks at all of them, which `add` leaves out on an accelerator
         with torch.no_grad():
             logits = F.linear(test_features, weight, bias)
             predictions = logits.argmax(1)

@@ -222,8 +222,7 @@ class Objective:
             trial.set_user_attr("reason", str(error))
             raise
         except (MemoryError, RuntimeError) as error:
-            # PyTorch's "out of memory" is a RuntimeError on the CPU and a subclass of it on a GPU.
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if not functions.is_out_of_memory(error):
                 raise
             trial.set_user_attr("reason", f"out of memory: {str(error).splitlines()[0]}")
             raise MemoryError(str(error)) from error

@@ -850,7 +850,9 @@ def signals():
     """Signals as a script in a terminal finds them; afterwards as they were."""
     terminate = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not handled"))
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    user = signal.getsignal(signal.SIGUSR1)
     yield
+    signal.signal(signal.SIGUSR1, user)
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, interrupt)
 
@@ -872,8 +874,14 @@ def throw(error):
         (lambda: throw(Diverged("the loss is nan")), 1, ["error: the loss is nan"]),
         (lambda: send(signal.SIGINT), 130, ["Ctrl-C"]),
         (lambda: send(signal.SIGTERM), 143, ["SIGTERM"]),
+        (lambda: send(signal.SIGUSR1), 138, ["SIGUSR1"]),
+        (lambda: torch.empty(2**62, dtype=torch.uint8), 1, ["out of memory", "--batch-size"]),
+        (lambda: throw(MemoryError()), 1, ["out of memory", "--batch-size"]),
     ],
-    ids=["success", "mistake", "divergence", "Ctrl-C", "SIGTERM"],
+    ids=[
+        *("success", "mistake", "divergence", "Ctrl-C", "SIGTERM"),
+        *("SIGUSR1", "PyTorch's memory", "Python's memory"),
+    ],
 )
 def test_exit_codes_and_the_command_to_go_on(
     tmp_path, monkeypatch, capsys, signals, act, code, words
