@@ -195,8 +195,8 @@ class PretrainingConfig(TrainingConfig):
     def label_counts(self, images: int) -> list[int]:
         """The numbers of labels of the study, ascending; those above `images` are left out."""
         parts = [part.strip() for part in self.labels.split(",")]
-        good = all(part == "all" or (part.isdecimal() and int(part) > 0) for part in parts)
-        require(good, f"--labels takes positive whole numbers and all, not {self.labels!r}")
+        good = all(part == "all" or (part.isdecimal() and int(part) > 1) for part in parts)
+        require(good, f"--labels takes whole numbers from 2 and all, not {self.labels!r}")
         counts = {images if part == "all" else int(part) for part in parts}
         return sorted(count for count in counts if count <= images)
 
@@ -534,7 +534,9 @@ def metric_logger(
 
     name = f"{folder.parent.name}-{folder.name}"
     if config.logger == "tensorboard":
-        logger: Any = loggers.TensorBoardLogger(folder, name="", version="tensorboard")
+        logger: Any = loggers.TensorBoardLogger(
+            folder, name="", version="tensorboard", default_hp_metric=False
+        )
     else:
         logger = loggers.WandbLogger(name, folder, id=name, project="small-images", resume="allow")
     logger.log_hyperparams(dataclasses.asdict(config))
@@ -548,6 +550,8 @@ def metric_logger(
     finally:
         logger.save()
         logger.finalize("success")
+        if config.logger == "wandb":
+            logger.experiment.finish()  # or a second run of this process would go on in this one
 
 
 def seed_everything(seed: int) -> None:
@@ -1375,8 +1379,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def read_csv(path: Path, columns: Sequence[str], texts: set[str]) -> list[dict[str, Any]]:
-    """The rows that `write_csv` wrote, numbers but for the columns `texts`; [] when there is none.
+def finite(text: str) -> float:
+    """The number that `text` spells; ValueError when it is not finite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def read_csv(path: Path, columns: dict[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """The rows that `write_csv` wrote, each column read by its type; [] when there is no file.
 
     Raises:
         UserError: it is no such table.
@@ -1386,7 +1398,7 @@ def read_csv(path: Path, columns: Sequence[str], texts: set[str]) -> list[dict[s
     try:
         with path.open(newline="") as file:
             table = list(csv.DictReader(file, strict=True))
-        return [{k: row[k] if k in texts else float(row[k]) for k in columns} for row in table]
+        return [{name: kind(row[name]) for name, kind in columns.items()} for row in table]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged: {error!r}; delete it to begin anew") from error
 
@@ -2261,12 +2273,17 @@ def study_stage(
     from sklearn.metrics import f1_score
 
     path = folder / "label_efficiency.csv"
-    known = ("labels", "seed", "steps")
-    rows = read_csv(path, (*known, "method", "accuracy", "macro_f1", "seconds"), {"method"})
-    rows = [{**row, **{name: int(row[name]) for name in known}} for row in rows]
-    done = {tuple(row[name] for name in (*known, "method")) for row in rows}
-    study = Study(model.encoder, data, config, fabric)
+    whole = {"labels": int, "seed": int, "steps": int}
+    rows = read_csv(
+        path, {**whole, "method": str, "accuracy": finite, "macro_f1": finite, "seconds": finite}
+    )
+    done = {tuple(row[name] for name in (*whole, "method")) for row in rows}
     counts = config.label_counts(len(data.train))
+    few = f"there are only {len(data.train):,} training images"
+    require(bool(counts), f"--labels {config.labels}: {few}")
+    study = Study(model.encoder, data, config, fabric)
+    if len(counts) < len(set(config.labels.split(","))):
+        print(f"some of the --labels {config.labels} are left out: {few}")
     print(f"macro-F1 in %, mean ± sd over {config.label_seeds} draws of the labelled images")
     print("labels" + "".join(f"{short:>14}" for short, _, _ in STUDY.values()))
     for count in counts:
@@ -2356,14 +2373,24 @@ class Study:
         optimizer = torch.optim.AdamW(
             classifier.parameters(), 1e-3, weight_decay=decay, fused=fused
         )
-        selected = method in ("supervised-tuned", "finetuned") and len(chosen) >= 10 * classes
-        held = len(chosen) // 10 if selected else 0  # the last ones: class-balanced, too
-        fit, held_out = chosen[: len(chosen) - held], chosen[len(chosen) - held :]
+        fit = chosen
+        held_out = chosen[:0]
+        if method in ("supervised-tuned", "finetuned"):
+            fit, held_out = self._split(chosen)
         self._fit(method, classifier, optimizer, inputs, fit, held_out, seed)
         if method in ("linear", "mlp"):
             with evaluating(classifier):
                 return classifier(self.test).argmax(1)
         return self._logits(classifier, self.data.test.images).argmax(1)
+
+    def _split(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """A tenth of each class's labelled images for choosing the epoch; none below ten."""
+        labels = self.data.train.labels[chosen]
+        held_out = torch.zeros_like(labels, dtype=torch.bool)
+        for label in labels.unique():
+            places = (labels == label).nonzero()[:, 0]
+            held_out[places[len(places) - len(places) // 10 :]] = True
+        return chosen[~held_out], chosen[held_out]
 
     def _logits(self, classifier: nn.Module, images: Tensor) -> Tensor:
         return extract_features(classifier, images, self.mean, self.std, self.fabric)
