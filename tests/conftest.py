@@ -2,8 +2,15 @@ import contextlib
 import resource
 
 import pytest
+import torch
 
 from functions import UserError
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

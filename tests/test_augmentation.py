@@ -45,15 +45,6 @@ APPLIED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -31,16 +31,6 @@ def labels_of(count, classes, seed=0):
     return torch.randint(classes, (count,), generator=seeded(seed))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits():
     data = functions.load_images("digits")

@@ -18,15 +18,6 @@ import simsiam
 METHODS = ("supervised", "supervised-tuned", "linear", "mlp", "finetuned")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def fabric():
     return functions.make_fabric("cpu", "float32")

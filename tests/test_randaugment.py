@@ -14,15 +14,6 @@ SHAPES = [(1, 28, 28), (3, 32, 32), (3, 20, 31), (1, 17, 12)]
 OPS = tuple(RandAugment()._augmentation_space(31, (28, 28)))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -9,15 +9,6 @@ from functions import UserError
 from simclr import nt_xent_loss
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def embeddings(pairs, size=8, seed=0):
     return torch.randn(2 * pairs, size, generator=torch.Generator().manual_seed(seed))
 

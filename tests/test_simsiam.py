@@ -26,15 +26,6 @@ ARTIFACTS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_config(folder: Path, **changes) -> simsiam.Config:
     settings = {
         "dataset": "digits",
