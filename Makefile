@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-faults lint format clean
 help:
 	@echo "make demo    pretrain on the embedded digits, probe, draw (about a minute)"
 	@echo "make test    lint and tests"
+	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
@@ -31,6 +32,9 @@ lint: .venv/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow tests/faults
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

@@ -130,6 +130,7 @@ class PretrainingConfig(TrainingConfig):
     STAGES: ClassVar[tuple[str, ...]] = ("pretrain", "probe", "embed", "study")
 
     stages: str = setting("pretrain,probe,embed", "run", "what to do; with --resume any part")
+    devices: int = setting(1, "run", "processes, one per device, that share each batch")
 
     encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
         "resnet18", "model", "small has three convolutions, the ResNets are torchvision's"
@@ -170,6 +171,10 @@ class PretrainingConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
+        require(
+            self.devices >= 1 and self.batch_size % self.devices == 0,
+            f"--batch-size {self.batch_size} does not divide among --devices {self.devices}",
+        )
         unknown = set(self.stage_names) - set(self.STAGES)
         require(not unknown, f"--stages knows {','.join(self.STAGES)}, not {self.stages!r}")
         require(0 < self.crop_scale_min <= 1, "--crop-scale-min must be above 0, at most 1")
@@ -204,7 +209,7 @@ class PretrainingConfig(TrainingConfig):
 # Settings that say where a run computes and what it does next, not what it is: they may differ
 # from the saved ones when a run is resumed.
 FREE_ON_RESUME = frozenset(
-    {"data_dir", "download_url", "output_dir", "name", "resume", "device", "logger"}
+    {"data_dir", "download_url", "output_dir", "name", "resume", "device", "logger", "devices"}
 )
 # Settings of the stages after pretraining: a finished run may be evaluated again with others.
 EVALUATION = frozenset(
@@ -334,9 +339,11 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
     except Diverged as error:
         _exit_with(1, f"error: {error}", error)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
+        if is_out_of_memory(error):
+            _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
+        if is_lost_connection(error):
+            _exit_with(1, "error: another process of this run has died", error)
+        raise
     except KeyboardInterrupt as error:
         _exit_with(130, "stopped by Ctrl-C", error)
     except SystemExit as error:
@@ -356,8 +363,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn:
     line = ". ".join([message, *getattr(error, "__notes__", [])])
-    print(" ".join(line.split()), file=sys.stderr)
+    if process_rank() == 0:
+        print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process of the run is gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def process_rank() -> int:
+    """This process's number among those of a run, before and after they have found each other."""
+    names = ("RANK", "LOCAL_RANK") if "RANK" in os.environ else ("SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def process_layout(config: RunConfig) -> tuple[int, int]:
+    """Processes per node and nodes: torchrun's or SLURM's where one of them starts us."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return here, int(os.environ["WORLD_SIZE"]) // here
+    if "SLURM_NTASKS" in os.environ:
+        from lightning_fabric.plugins.environments import SLURMEnvironment
+
+        if SLURMEnvironment.detect():  # not in an interactive job
+            nodes = int(os.environ.get("SLURM_NNODES", 1))
+            return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return getattr(config, "devices", 1), 1
 
 
 @contextlib.contextmanager
@@ -381,6 +415,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         "versions": _versions(),
         "hardware": hardware(config.device),
         "threads": torch.get_num_threads(),
+        "processes": math.prod(process_layout(config)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     if config.logger != "none":
@@ -407,7 +442,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
                 )
         changed = [
             f"{key} was {record.get(key)}, is {session[key]}"
-            for key in ("hardware", "threads", "versions")
+            for key in ("hardware", "threads", "processes", "versions")
             if record.get(key) != session[key]
         ]
         if changed:
@@ -506,15 +541,35 @@ def pick_precision(device: str, precision: str) -> Literal["bf16-mixed", "32-tru
     return "bf16-mixed" if precision == "bfloat16" else "32-true"
 
 
-def make_fabric(device: str, precision: str) -> Any:
-    """Lightning Fabric on one device, in the precision of `pick_precision`."""
+def make_fabric(device: str, precision: str, devices: int = 1, nodes: int = 1) -> Any:
+    """Lightning Fabric in the precision of `pick_precision`, with DDP for several processes.
+
+    Raises:
+        UserError: fewer devices than asked for, or a PyTorch without collectives.
+    """
     import logging
 
     from lightning_fabric import Fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
+    chosen, strategy = pick_device(device), "auto"
+    if devices * nodes > 1:
+        there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(chosen, devices)
+        require(devices <= there, f"--devices {devices}: this machine has {there} of {chosen}")
+        backend = "nccl" if chosen == "cuda" else "gloo"
+        require(
+            torch.distributed.is_available() and torch.distributed.is_backend_available(backend),
+            f"--devices {devices} needs PyTorch's {backend} backend, which this one lacks",
+        )
+        strategy = "ddp"
+        # Lightning's own business, said once per process
+        warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprec")
     return Fabric(
-        accelerator=pick_device(device), devices=1, precision=pick_precision(device, precision)
+        accelerator=chosen,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=pick_precision(device, precision),
     )
 
 
@@ -1060,35 +1115,62 @@ def _decode_into(array: np.ndarray, paths: list[Path], folder: Path, size: int) 
 
 # ------------------------------------------------------------------------------ augmentation
 # Every op takes float images (B, C, H, W) in [0, 1] and returns new ones. Parameters are drawn per
-# sample from `generator`, which must live on the images' device. Ops come in pairs: `random_*` (and
-# `color_jitter`, `gaussian_blur`) draw, the other half applies given parameters and equals
-# torchvision's functional op for the same parameters.
+# sample from `generator` (torch's, or a `Shard` of one), which must live on the images' device. Ops
+# come in pairs: `random_*` (and `color_jitter`, `gaussian_blur`) draw, the other half applies given
+# parameters and equals torchvision's functional op for the same parameters.
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as in torchvision
 
 
-def _uniform(count: int, low: float, high: float, images: Tensor, generator: Any) -> Tensor:
-    draws = torch.rand(count, generator=generator, device=images.device)
-    return draws * (high - low) + low
+@dataclass(frozen=True)
+class Shard:
+    """A generator for one of several processes, which together draw what a single one would.
+
+    All processes draw the numbers of all `total` samples; each keeps those of its own `rows`.
+    """
+
+    generator: torch.Generator
+    rows: Tensor
+    total: int
 
 
-def _chosen(images: Tensor, p: float, generator: Any) -> Tensor:
+Generator = torch.Generator | Shard
+
+
+def draw(
+    shape: tuple[int, ...], generator: Generator | None, device: Any, sample_dim: int = 0
+) -> Tensor:
+    """Uniform numbers in [0, 1) of a shape that counts samples along `sample_dim`."""
+    if not isinstance(generator, Shard):
+        return torch.rand(shape, generator=generator, device=device)
+    shape = (*shape[:sample_dim], generator.total, *shape[sample_dim + 1 :])
+    numbers = torch.rand(shape, generator=generator.generator, device=device)
+    return numbers.index_select(sample_dim, generator.rows)
+
+
+def _uniform(
+    count: int, low: float, high: float, images: Tensor, generator: Generator | None
+) -> Tensor:
+    return draw((count,), generator, images.device) * (high - low) + low
+
+
+def _chosen(images: Tensor, p: float, generator: Generator | None) -> Tensor:
     """Which samples an op with probability `p` applies to, `(B,)`, bool."""
-    return torch.rand(len(images), generator=generator, device=images.device) < p
+    return draw((len(images),), generator, images.device) < p
 
 
 def draw_crop_boxes(
     images: Tensor,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Boxes `(B, 4)` of top, left, height, width with `RandomResizedCrop`'s distribution.
 
     As in torchvision, ten attempts per sample, then the largest centred box of an allowed ratio.
     """
     count, _, height, width = images.shape
-    draws = torch.rand(4, count, 10, generator=generator, device=images.device)
+    draws = draw((4, count, 10), generator, images.device, sample_dim=1)
     area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))  # (B, 10)
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + draws[1] * (high - low))
@@ -1134,7 +1216,7 @@ def random_resized_crop(
     size: int | tuple[int, int] | None = None,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """A random box of each image, resized to `size` (default: the images' own)."""
     boxes = draw_crop_boxes(images, scale, ratio, generator)
@@ -1143,7 +1225,7 @@ def random_resized_crop(
 
 
 def random_horizontal_flip(
-    images: Tensor, p: float = 0.5, generator: torch.Generator | None = None
+    images: Tensor, p: float = 0.5, generator: Generator | None = None
 ) -> Tensor:
     """Mirror each image with probability `p`."""
     chosen = _chosen(images, p, generator)
@@ -1214,7 +1296,7 @@ def color_jitter(
     saturation: float = 0.0,
     hue: float = 0.0,
     p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """`ColorJitter` with probability `p` per sample, in this fixed order of its four ops.
 
@@ -1237,9 +1319,7 @@ def color_jitter(
     return torch.where(chosen[:, None, None, None], jittered, images)
 
 
-def random_grayscale(
-    images: Tensor, p: float = 0.1, generator: torch.Generator | None = None
-) -> Tensor:
+def random_grayscale(images: Tensor, p: float = 0.1, generator: Generator | None = None) -> Tensor:
     """Replace each image by its luma in all channels with probability `p`."""
     chosen = _chosen(images, p, generator)
     return torch.where(chosen[:, None, None, None], grayscale(images), images)
@@ -1267,7 +1347,7 @@ def gaussian_blur(
     kernel_size: int = 3,
     sigma: tuple[float, float] = (0.1, 2.0),
     p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Blur each image with probability `p` and its own sigma, uniform in the range `sigma`."""
     chosen = _chosen(images, p, generator)
@@ -1276,7 +1356,7 @@ def gaussian_blur(
 
 
 def crop_views(
-    images: Tensor, config: PretrainingConfig, generator: torch.Generator, crop_only: bool = False
+    images: Tensor, config: PretrainingConfig, generator: Generator, crop_only: bool = False
 ) -> Tensor:
     """Crop, flip, colour jitter, grey and blur with the settings of the group `views`.
 
@@ -1565,11 +1645,12 @@ class EpochLoss:
             )
 
 
-def progress_bar(total: int, description: str) -> Any:
+def progress_bar(total: int, description: str, visible: bool = True) -> Any:
     """A bar that counts images per second; silent when the output is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=description, unit="img", disable=None, leave=False, ncols=79)
+    disable = None if visible else True
+    return tqdm(total=total, desc=description, unit="img", disable=disable, leave=False, ncols=79)
 
 
 def format_seconds(seconds: float) -> str:
@@ -1711,47 +1792,83 @@ class Pretraining:
         self.encoder, self.train, self.collapse_loss = model.encoder, train, collapse_loss
         self.mean, self.std = channel_statistics(train.images)
         self.peak = optimizer.param_groups[0]["lr"]
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._plain, self._optimizer = (model, optimizer), optimizer
         self.model, self.optimizer = fabric.setup(model, optimizer)
+        # This process's part of each batch, and of its pairs of views.
+        share = config.batch_size // fabric.world_size
+        self.part = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
+        part = torch.arange(config.batch_size)[self.part]
+        self.rows = torch.cat((part, part + config.batch_size)).to(fabric.device)  # (2b,)
+        self.is_main = fabric.global_rank == 0
         self.start, self.history = 0, []
         if config.resume is not None and (folder / "checkpoint.pt").exists():
             self.start, self.history = restore(folder / "checkpoint.pt", script, model, optimizer)
-            write_csv(folder / "metrics.csv", self.history)
+            if self.is_main:
+                write_csv(folder / "metrics.csv", self.history)
         self.steps = len(train) // config.batch_size  # a smaller last batch is left out
         monitored = config.knn_every > 0 and train.labels is not None
         self.monitor = Monitor(train, self.mean, self.std) if monitored else None
 
-    def batches(self) -> Iterator[tuple[Tensor, torch.Generator]]:
-        """uint8 images `(B, C, H, W)` and the generator for their views, on the images' device.
+    def batches(self) -> Iterator[tuple[Tensor, Generator]]:
+        """This process's uint8 images `(b, C, H, W)`, and a generator for `(2b, C, H, W)` views.
+
+        Both are on the images' device; one process has b = B.
 
         Raises:
             Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
         """
         config, device = self.config, self.fabric.device
         total = (config.epochs - self.start) * self.steps * config.batch_size
+        quiet = dataclasses.replace(config, logger="none")
         with (
-            progress_bar(total, "pretrain") as self.bar,
-            metric_logger(config, self.folder) as self._log,
+            progress_bar(total, "pretrain", self.is_main) as self.bar,
+            metric_logger(config if self.is_main else quiet, self.folder) as self._log,
         ):
             for epoch in range(self.start, config.epochs):
                 began = time.perf_counter()
                 order = torch.randperm(
                     len(self.train), generator=epoch_generator(config.seed, epoch)
                 ).to(device)
-                generator = epoch_generator(config.seed, epoch, device, stream=1)
+                generator = self._shard(epoch_generator(config.seed, epoch, device, stream=1))
                 # For draws that steer the host: asking the device for them would wait for it.
-                self.host_generator = epoch_generator(config.seed, epoch, stream=4)
+                self.host_generator = self._shard(epoch_generator(config.seed, epoch, stream=4))
                 self.losses = EpochLoss(self.steps, epoch + 1, device)
                 self.model.train()
                 for step in range(self.steps):
                     rate = self._set_rate(epoch * self.steps + step)
                     index = order[step * config.batch_size : (step + 1) * config.batch_size]
-                    yield self.train.images[index], generator
-                self._finish_epoch(epoch, rate, time.perf_counter() - began)
+                    yield self.train.images[index[self.part]], generator
+                self._z = self.gather(self._z)
+                if self.is_main:
+                    self._finish_epoch(epoch, rate, time.perf_counter() - began)
+
+    def _shard(self, generator: torch.Generator) -> Generator:
+        if self.fabric.world_size == 1:
+            return generator
+        return Shard(generator, self.rows.to(generator.device), 2 * self.config.batch_size)
+
+    def gather(self, z: Tensor) -> Tensor:
+        """The embeddings `(2B, D)` of all processes, in one process's order, with gradients.
+
+        Args:
+            z: `(2b, D)`, this process's; they are the rows `self.rows` of the result.
+        """
+        if self.fabric.world_size == 1:
+            return z
+        # (processes, 2b, D): the backward pass sums the gradients that all processes have for z
+        parts = self.fabric.all_gather(z, sync_grads=True)
+        parts = parts.unflatten(1, (2, -1)).transpose(0, 1)  # (2, processes, b, D)
+        return parts.flatten(0, 2)
 
     def step(self, loss: Tensor, z: Tensor) -> None:
-        """Update the weights; `z` `(N, D)` are the embeddings whose spread is recorded."""
-        self.losses.add(loss)
+        """Update the weights; `z` `(N, D)` are the embeddings whose spread is recorded.
+
+        `loss` is the mean over this process's share; DDP averages the gradients.
+        """
+        several = self.fabric.world_size > 1  # all of them see the same loss, and stop together
+        self.losses.add(self.fabric.all_reduce(loss.detach()) if several else loss)
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
@@ -1857,26 +1974,38 @@ def run_pretraining(
         "pretrain" in config.stage_names or config.resume is not None,
         "--stages without pretrain needs --resume RUN_FOLDER",
     )
-    device = pick_device(config.device)
     data = load_images(config.dataset, config.data_dir, config.image_size, config.download_url)
     require(
         config.batch_size <= len(data.train),
         f"--batch-size {config.batch_size} is larger than the data set ({len(data.train)} images)",
     )
-    fabric = make_fabric(config.device, config.precision)
+    processes, nodes = process_layout(config)
+    require(
+        config.batch_size % (processes * nodes) == 0,
+        f"--batch-size {config.batch_size} does not divide among {processes * nodes} processes",
+    )
+    fabric = make_fabric(config.device, config.precision, processes, nodes)
+    main_process = process_rank() == 0
     channels, height = data.train.images.shape[1:3]
-    seed_everything(config.seed)
-    model = make_model(channels, height).to(device, memory_format=torch.channels_last)
-    with open_run(script, config, free) as folder:
-        print(data)
-        print(
-            f"{type(model).__name__} with {config.encoder}, "
-            f"{count_parameters(model) / 1e6:.1f} M parameters, on {hardware(config.device)} "
-            f"({pick_precision(config.device, config.precision)})"
-        )
-        data = data.to(device)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(open_run(script, config, free)) if main_process else None
+        fabric.launch()
+        folder = Path(fabric.broadcast(str(folder)))
+        seed_everything(config.seed)
+        model = make_model(channels, height).to(fabric.device, memory_format=torch.channels_last)
+        if main_process:
+            print(data)
+            print(
+                f"{type(model).__name__} with {config.encoder}, "
+                f"{count_parameters(model) / 1e6:.1f} M parameters, on "
+                + (f"{fabric.world_size} x " if fabric.world_size > 1 else "")
+                + f"{hardware(config.device)} ({pick_precision(config.device, config.precision)})"
+            )
+        data = data.to(fabric.device)
         if "pretrain" in config.stage_names:
             history = pretrain(model, data.train, config, folder, fabric)
+            if not main_process:
+                return {}
             mean, std = channel_statistics(data.train.images)
             facts = {"encoder": config.encoder, "stem": config.stem}
             facts |= {"mean": str(mean.tolist()), "std": str(std.tolist())}
@@ -1884,12 +2013,16 @@ def run_pretraining(
             title = f"{type(model).__name__} pretraining on {data.name}, {config.encoder}"
             plot_loss(folder / "loss.png", history, title)
         else:
+            if not main_process:
+                return {}
             epoch, history = restore(folder / "checkpoint.pt", script, model)
             require(
                 epoch == config.epochs,
                 f"{folder} has finished {epoch} of {config.epochs} epochs: let it finish first, "
                 "with pretrain among the --stages",
             )
+        if fabric.world_size > 1:  # what follows is one process's work
+            fabric = make_fabric(config.device, config.precision)
         seconds = sum(row["seconds"] for row in history)
         values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
         summary = update_summary(folder, values)

@@ -104,12 +104,17 @@ class SimCLR(nn.Module):
         return self.projection_head(self.encoder(images))
 
 
-def nt_xent_loss(z: Tensor, temperature: float) -> Tensor:
-    """NT-Xent, equation 1 of the paper, averaged over all 2B anchors.
+def nt_xent_loss(
+    z: Tensor, temperature: float, everyone: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """NT-Xent, equation 1 of the paper, averaged over all anchors.
 
     Args:
         z: `(2B, D)`, the embeddings of the first views, then of the second views.
         temperature: positive.
+        everyone: with several processes, whose anchors `z` `(2b, D)` are a part of: the embeddings
+            `(2B, D)` of all of them, with gradients.
+        rows: `(2b,)`, the positions of `z` in `everyone`.
 
     Returns:
         A scalar, in float32 also under autocast; log(2B - 1) when all embeddings are equal.
@@ -119,13 +124,17 @@ def nt_xent_loss(z: Tensor, temperature: float) -> Tensor:
     """
     require(temperature > 0, f"the temperature must be positive, not {temperature}")
     require(z.ndim == 2 and len(z) % 2 == 0 < len(z), f"z must be (2B, D), not {tuple(z.shape)}")
+    alone = everyone is None or everyone is z
+    if rows is None:
+        rows = torch.arange(len(z), device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
-        similarity = (z / temperature) @ z.T  # (2B, 2B)
-        positive = similarity.diagonal(len(z) // 2)  # (B,): the pairs i, i + B
+        everyone = z if alone else F.normalize(everyone.float(), dim=1)
+        similarity = (z / temperature) @ everyone.T  # (2b, 2B)
+        partner = (rows + len(everyone) // 2) % len(everyone)  # the pairs are i, i + B
+        positive = (z * everyone[partner]).sum(1) / temperature  # (2b,)
         # An anchor is not its own negative; the positive stays in the denominator, once.
-        diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        denominator = similarity.masked_fill_(diagonal, -torch.inf).logsumexp(1)  # (2B,)
+        denominator = similarity.scatter_(1, rows[:, None], -torch.inf).logsumexp(1)  # (2b,)
         return denominator.mean() - positive.mean()
 
 
@@ -161,7 +170,8 @@ def pretrain(
         views = functions.crop_views(pairs, config, generator)
         views = functions.normalize(views, training.mean, training.std)
         z = training.model(views.contiguous(memory_format=torch.channels_last))  # (2B, D)
-        training.step(nt_xent_loss(z, config.temperature), z)
+        loss = nt_xent_loss(z, config.temperature, training.gather(z), training.rows)
+        training.step(loss, z)
     return training.history
 
 

@@ -129,7 +129,7 @@ MAGNITUDE_BINS = 31  # magnitudes 0 to 30
 
 
 def draw_randaugment(
-    count: int, num_ops: int = 5, generator: torch.Generator | None = None
+    count: int, num_ops: int = 5, generator: functions.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw the ops and signs of `count` samples, all independent and uniform, on the CPU.
 
@@ -137,9 +137,9 @@ def draw_randaugment(
         ops: `(count, num_ops)`, int64 indices into `RANDAUGMENT_OPS`, to apply from left to right.
         negative: `(count, num_ops)`, bool, whether to flip the magnitude; unsigned ops ignore it.
     """
-    ops = torch.randint(len(RANDAUGMENT_OPS), (count, num_ops), generator=generator)
-    negative = torch.randint(2, (count, num_ops), generator=generator).bool()
-    return ops, negative
+    draws = functions.draw((count, 2, num_ops), generator, "cpu")
+    ops = (draws[:, 0] * len(RANDAUGMENT_OPS)).long().clamp_(max=len(RANDAUGMENT_OPS) - 1)
+    return ops, draws[:, 1] < 0.5
 
 
 def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, magnitude: int = 9) -> Tensor:
@@ -311,7 +311,10 @@ def _equalize(images: Tensor) -> Tensor:
 
 
 def make_views(
-    images: Tensor, config: Config, generator: torch.Generator, host_generator: torch.Generator
+    images: Tensor,
+    config: Config,
+    generator: functions.Generator,
+    host_generator: functions.Generator,
 ) -> Tensor:
     """One random view `(B, C, H, W)` in [0, 1] of each uint8 image `(B, C, H, W)`.
 

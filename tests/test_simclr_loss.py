@@ -38,10 +38,10 @@ def value_and_gradient(loss, z):
     return value.detach().float(), gradient.float()
 
 
-def assert_same(ours, expected):
+def assert_same(ours, expected, floor=1e-9):
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-6)
     largest = expected[1].abs().max().item()  # gradients differ in scale by temperature and B
-    torch.testing.assert_close(ours[1], expected[1], rtol=0, atol=2e-5 * largest + 1e-9)
+    torch.testing.assert_close(ours[1], expected[1], rtol=0, atol=2e-5 * largest + floor)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
@@ -49,7 +49,8 @@ def assert_same(ours, expected):
 def test_equals_the_papers_equation(pairs, temperature):
     z = embeddings(pairs)
     ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
-    assert_same(ours, value_and_gradient(lambda z: paper_loss(z, temperature), z))
+    expected = value_and_gradient(lambda z: paper_loss(z, temperature), z)
+    assert_same(ours, expected, 1e-6 if pairs == 1 else 1e-9)  # one pair has no gradient
 
 
 def test_positive_is_once_in_the_denominator():
