@@ -34,7 +34,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-faults: .venv/installed-dev
-	$(BIN)/python -m pytest -m slow tests/faults
+	$(BIN)/python -m pytest -m slow
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
