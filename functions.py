@@ -23,8 +23,10 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ import time
 import types
 import typing
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -301,20 +304,32 @@ def load_config(config_class: type, folder: str | Path) -> Any:
     path = Path(folder) / "config.json"
     require(path.is_file(), f"{folder} is not a run folder: it has no config.json")
     saved = read_json(path)
-    flags = []
+    values = {}
+    hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         name, value = flag(field.name), saved.get(field.name)
         require(field.name in saved, f"{path} lacks {name}: it is of another script or version")
-        if isinstance(value, bool):
-            flags.append(name if value else name.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            flags += [name, *map(str, value)]
-        elif value is not None or field.default is not None:
-            flags.append(f"{name}={value}")
+        right = _is_of(value, hints[field.name])
+        require(right, f"{path} is damaged: {name} cannot be {json.dumps(value)[:60]}")
+        values[field.name] = tuple(value) if isinstance(value, list) else value
     try:
-        return _parse_flags(config_class, flags, config_class(), "")
+        return config_class(**values)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        return (
+            isinstance(value, list) and len(value) == len(parts) and all(map(_is_of, value, parts))
+        )
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> None:
@@ -355,8 +370,8 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: PyTorch says so by a RuntimeError, or a subclass of it on a GPU."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or (
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
@@ -426,9 +441,13 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
     if config.resume is None:
         folder = _new_folder(Path(config.output_dir) / script, config)
         record = {"script": script, **dataclasses.asdict(config), **session, "resumed": []}
+        lock = _lock(folder)
     else:
         folder = Path(config.resume)
         saved = load_config(type(config), folder)
+        lock = _lock(folder)
+        for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
+            left_behind.unlink(missing_ok=True)
         record = read_json(folder / "config.json")
         require(
             record.get("script") == script,
@@ -447,13 +466,34 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         ]
         if changed:
             print("The result may differ in the last bits: " + "; ".join(changed) + ".")
-        record["resumed"] = [*record.get("resumed", []), session]
+        before = record.get("resumed", [])
+        require(isinstance(before, list), f"{folder}/config.json is damaged: resumed is no list")
+        record["resumed"] = [*before, session]
     write_json(folder / "config.json", record)
     try:
         yield folder
     except BaseException as error:
         error.add_note(f"Continue with: python {script}.py --resume {shlex.quote(str(folder))}")
         raise
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Keep other processes out of a run folder until the returned descriptor is closed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by another process") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def _new_folder(parent: Path, config: Any) -> Path:
@@ -465,6 +505,8 @@ def _new_folder(parent: Path, config: Any) -> Path:
         for folder in (parent / name for name in names):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
+                return folder
+            if config.name and not any(folder.iterdir()):  # of a run killed in its first moment
                 return folder
     except OSError as error:
         raise UserError(f"cannot write {parent}: {error.strerror}") from error
@@ -684,6 +726,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 CACHE_VERSION = 1  # raise it when decoding changes
 
 
@@ -780,6 +823,8 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> ImageData:
         elif not path.exists():
             _fetch(path, FashionMNIST.mirrors[0] + name, url, md5)
         arrays.append(torch.from_numpy(_read_idx(path, shape)))
+        good = len(shape) > 1 or arrays[-1].max() < len(FASHION_MNIST_CLASSES)
+        require(good, f"{path} holds labels that are no classes: delete it and start again")
     return ImageData(
         "fashion-mnist",
         FASHION_MNIST_CLASSES,
@@ -1001,7 +1046,10 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    # By its name alone an image could be PostScript, which Pillow hands to Ghostscript.
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise OSError(f"{image.width} x {image.height} pixels are too many")
         image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
         image.load()
         if image.getexif().get(0x0112, 1) != 1:
@@ -1029,9 +1077,11 @@ def _decode(paths: list[Path], folder: Path, data_dir: Path, size: int) -> Tenso
         stats = [path.stat() for path in paths]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    for path, status in zip(paths, stats, strict=True):
+        require(stat.S_ISREG(status.st_mode), f"{path} is not a plain file: remove it")
     listing = "\n".join(
-        f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}"
-        for path, stat in zip(paths, stats, strict=True)
+        f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}"
+        for path, status in zip(paths, stats, strict=True)
     )
     version = f"{CACHE_VERSION} {size}\n{listing}".encode(errors="surrogateescape")
     origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
@@ -1428,11 +1478,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, unreadable or holds something else.
     """
+    require(path.is_file() or not path.exists(), f"{path} is not a plain file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     require(isinstance(values, dict), f"{path} is damaged: it does not hold a JSON object")
     return values
@@ -1445,9 +1496,22 @@ def update_summary(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """
     path = folder / "summary.json"
     summary = {**(read_json(path) if path.exists() else {}), **values}
+    for key, value in summary.items():
+        good = _is_number(value) or (
+            isinstance(value, dict) and bool(_SUMMARY_TABLES.fullmatch(key))
+        )
+        require(good, f"{path} is damaged: {key} is {str(value)[:60]!r}")
     summary["seconds"] = sum(v for k, v in summary.items() if k.endswith("_seconds"))
     write_json(path, summary)
     return summary
+
+
+# What is no number in a summary: by class, by method, by mean and deviation.
+_SUMMARY_TABLES = re.compile(r".*per_class_accuracy|few_label_accuracy_.*|label_efficiency")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -1475,6 +1539,7 @@ def read_csv(path: Path, columns: dict[str, Callable[[str], Any]]) -> list[dict[
     """
     if not path.exists():
         return []
+    require(path.is_file(), f"{path} is not a plain file")
     try:
         with path.open(newline="") as file:
             table = list(csv.DictReader(file, strict=True))
@@ -1487,6 +1552,23 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed `.npz`, atomically."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def check_finite(epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """See that no gradient spoiled the weights or what the optimizer remembers.
+
+    Raises:
+        Diverged: one of them is not finite (the last loss was).
+    """
+    tensors = dict(model.state_dict())
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"the optimizer's {k} {number}": v for k, v in values.items()}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise Diverged(
+                f"{name} is not finite after epoch {epoch}; the epoch before is kept. "
+                "Try a lower --learning-rate"
+            )
 
 
 def save_checkpoint(
@@ -1506,12 +1588,7 @@ def save_checkpoint(
         Diverged: a weight is not finite (the last loss was, but not its gradient); the checkpoint
             of the epoch before stays.
     """
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise Diverged(
-                f"{name} is not finite after epoch {epoch}; the epoch before is kept. "
-                "Try a lower --learning-rate"
-            )
+    check_finite(epoch, model, optimizer)
     state = {
         "script": script,
         "epoch": epoch,
@@ -1558,6 +1635,9 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         require(_sealed(content), f"{path} is damaged or no checkpoint (its checksum is wrong)")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what is packed may be a bomb
+            plain = all(entry.compress_type == 0 for entry in archive.infolist())
+            require(plain, f"{path} is not a checkpoint of these scripts: it is compressed")
         with warnings.catch_warnings():  # the one line that follows says enough
             warnings.simplefilter("ignore")
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -1573,10 +1653,39 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
         isinstance(state, dict) and wanted <= state.keys(),
         f"{path} is not a checkpoint of these scripts",
     )
+    rows = state["history"] if isinstance(state["history"], list) else []
+    good = bool(rows) and all(isinstance(row, dict) for row in rows)
+    good = good and all(isinstance(v, str) or _is_number(v) for row in rows for v in row.values())
+    good = good and type(state["epoch"]) is int and rows[-1].get("epoch") == state["epoch"] >= 1
+    require(good, f"{path} is damaged: its epochs do not fit together")
     require(
         state["script"] == script, f"{path} is a checkpoint of {state['script']}, not of {script}"
     )
     return state
+
+
+def _check_tensors(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Raise ValueError unless all tensors are finite and shaped like those that they replace.
+
+    A fused optimizer does not look, and reads beyond the end of a momentum of another shape.
+    """
+    wanted = model.state_dict()
+    pairs = [(value, wanted.get(name)) for name, value in state["model"].items()]
+    if optimizer is not None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for number, values in state["optimizer"]["state"].items():
+            pairs += [(v, None if k == "step" else weights[number]) for k, v in values.items()]
+    for value, like in pairs:
+        if not isinstance(value, Tensor) and value is not None and not _is_number(value):
+            raise ValueError(f"{value!r} is no tensor")
+        if isinstance(value, Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu"
+            if not plain or value.is_quantized or value.is_complex() or not value.isfinite().all():
+                raise ValueError("a tensor is of a kind that no run writes, or not finite")
+            if like is not None and (value.shape, value.dtype) != (like.shape, like.dtype):
+                raise ValueError(f"a tensor is {value.dtype} {tuple(value.shape)}")
 
 
 def restore(
@@ -1589,10 +1698,11 @@ def restore(
     """
     state = load_checkpoint(path, script)
     try:
+        _check_tensors(state, model, optimizer)
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} does not fit the model of its config.json: {reason}") from error
     return state["epoch"], state["history"]
@@ -1894,12 +2004,13 @@ class Pretraining:
             row["knn_held_out"] = self.monitor.accuracy(self.encoder, self.fabric)
         self.history.append(row)
         state = (self.script, done, *self._plain, self.history, config)
+        if config.keep_every and done % config.keep_every == 0:
+            # First: a run killed after checkpoint.pt would never come back to this epoch.
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            save_checkpoint(self.folder / "checkpoints" / f"epoch{done}.pt", *state)
         save_checkpoint(self.folder / "checkpoint.pt", *state)
         write_csv(self.folder / "metrics.csv", self.history)
         self._log(row, done)
-        if config.keep_every and done % config.keep_every == 0:
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
-            save_checkpoint(self.folder / "checkpoints" / f"epoch{done}.pt", *state)
         self._warn_of_collapse(row)
         if done % max(1, config.epochs // 20) == 0:
             knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
@@ -2008,8 +2119,11 @@ def run_pretraining(
                 return {}
             mean, std = channel_statistics(data.train.images)
             facts = {"encoder": config.encoder, "stem": config.stem}
-            facts |= {"mean": str(mean.tolist()), "std": str(std.tolist())}
-            save_weights(folder / "encoder.safetensors", model.encoder, facts)
+            facts |= {"mean": mean.tolist(), "std": std.tolist()}
+            # One entry: safetensors writes several in random order.
+            save_weights(
+                folder / "encoder.safetensors", model.encoder, {"about": json.dumps(facts)}
+            )
             title = f"{type(model).__name__} pretraining on {data.name}, {config.encoder}"
             plot_loss(folder / "loss.png", history, title)
         else:
@@ -2253,6 +2367,8 @@ def linear_probe(
             logits = F.linear(test_features, weight, bias)
             predictions = logits.argmax(1)
             test_loss = F.cross_entropy(logits, test_labels).item()
+        if not math.isfinite(test_loss):
+            raise Diverged(f"the linear probe's test loss is {test_loss} in epoch {epoch + 1}")
         train_loss, train_accuracy = (total / len(train_labels)).tolist()
         history.append(
             {
@@ -2358,6 +2474,7 @@ def train_classifier(
             "train_loss": losses.mean(),
             "train_accuracy": correct.item() / (steps * batch),
         }
+    check_finite(epochs, classifier, optimizer)
 
 
 # What the label-efficiency study compares: names in the table and in the figure, and colour.

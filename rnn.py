@@ -64,7 +64,9 @@ class Config(functions.TrainingConfig):
         require(not unknown, f"--cells knows {','.join(CELLS)}, not {self.cells!r}")
         require(len(set(self.cell_names)) == len(self.cell_names), "--cells names a cell twice")
         for name in ("hidden_size", "num_layers", "l2", "l3"):
-            require(getattr(self, name) >= 1, f"{functions.flag(name)} must be at least 1")
+            most = 100 if name == "num_layers" else 65_536
+            good = 1 <= getattr(self, name) <= most
+            require(good, f"{functions.flag(name)} must be at least 1, at most {most}")
         require(0 <= self.dropout < 1, f"--dropout must be in [0, 1), not {self.dropout}")
         require(self.patience >= 0, "--patience must not be negative")
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
@@ -469,7 +471,10 @@ def with_best(config: Config) -> Config:
             f"{functions.flag(field)} {given} contradicts {path}, which says {best[name]}",
         )
         changes[field] = best[name]
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except functions.UserError as error:
+        raise functions.UserError(f"{path} is damaged: {error}") from error
 
 
 def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str], name: str) -> None:

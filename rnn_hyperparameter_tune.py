@@ -20,6 +20,7 @@ import logging
 import math
 import multiprocessing
 import signal
+import sqlite3
 import statistics
 import sys
 import time
@@ -214,17 +215,16 @@ class Objective:
     def __call__(self, trial: optuna.trial.Trial) -> float:
         """Run the trial; a failure is recorded with its reason in the trial's `reason`."""
         config = suggest_config(trial, self.config)
-        module = RowRNNModule(config, self.config.cell, self.data, self.validation)
         trainer = make_trainer(config, [Pruning(trial)])
         try:
-            trainer.fit(module)
+            trainer.fit(RowRNNModule(config, self.config.cell, self.data, self.validation))
         except functions.Diverged as error:
             trial.set_user_attr("reason", str(error))
             raise
         except (MemoryError, RuntimeError) as error:
             if not functions.is_out_of_memory(error):
                 raise
-            trial.set_user_attr("reason", f"out of memory: {str(error).splitlines()[0]}")
+            trial.set_user_attr("reason", f"out of memory: {error}".splitlines()[0])
             raise MemoryError(str(error)) from error
         except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
             trial.set_user_attr("reason", INTERRUPTED)
@@ -250,6 +250,9 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
     import sqlalchemy.exc
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = folder / "study.db"
+    lost = config.resume and not config.storage and file.exists() and not file.stat().st_size
+    require(not lost, f"{file} is empty: delete it to begin anew")
     url = config.storage or f"sqlite:///{folder.resolve() / 'study.db'}"
     name = config.name if config.storage and config.name else "study"
     pruner = {
@@ -269,8 +272,15 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
         known = study.user_attrs.get("about")
         if known is None:
             study.set_user_attr("about", about)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        if url.startswith("sqlite:"):
+            with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+                require(database.execute("PRAGMA integrity_check").fetchone()[0] == "ok", "damaged")
+        study.get_trials()  # what is damaged shows when it is read
+    except (
+        *(sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError),
+        *(LookupError, TypeError, AttributeError),  # of Optuna, on a damaged file
+    ) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot use the study at {url.split('@')[-1]}: {reason}") from error
     for key in about:
         require(
@@ -354,7 +364,10 @@ def main(config: Config) -> dict[str, Any]:
         UserError: the data or the storage cannot be used, or every trial failed.
     """
     free = frozenset({"trials", "timeout", "workers", "pruner"})
-    with functions.open_run("rnn_hyperparameter_tune", config, free) as folder:
+    with (
+        functions.open_run("rnn_hyperparameter_tune", config, free) as folder,
+        storage_errors(config.storage or str(folder / "study.db")),
+    ):
         study = open_study(config, folder)
         if config.storage is None:  # nobody else works on this file
             forget_running(study)
@@ -376,6 +389,19 @@ def main(config: Config) -> dict[str, Any]:
         best = write_results(study, config, folder)
         functions.print_folder(folder)
     return best
+
+
+@contextlib.contextmanager
+def storage_errors(place: str) -> Iterator[None]:
+    """Turn what the database says, say of a full disk, into one line."""
+    import optuna
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"cannot use the study at {place.split('@')[-1]}: {reason}") from error
 
 
 def forget_running(study: optuna.Study) -> None:
@@ -405,9 +431,10 @@ def run_workers(config: Config, folder: Path, left: int) -> None:
     try:
         for worker in workers:
             worker.join()
-    except KeyboardInterrupt:  # the terminal has sent it to the workers as well
+    except (KeyboardInterrupt, SystemExit):  # the terminal has sent it to the workers as well
         for worker in workers:
-            worker.join()
+            worker.join(3)
+            worker.terminate()
         raise
     require(all(worker.exitcode != 1 for worker in workers), "a worker failed; its error is above")
 

@@ -12,6 +12,7 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class Config(functions.PretrainingConfig):
             f"--temperature must be a positive number, not {self.temperature}",
         )
         for name in ("projection_hidden", "projection_size", "finetune_epochs"):
-            require(getattr(self, name) >= 1, f"{functions.flag(name)} must be at least 1")
+            good = 1 <= getattr(self, name) <= 10**6
+            require(good, f"{functions.flag(name)} must be at least 1, at most 1,000,000")
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -210,8 +212,9 @@ def finetune(
     """
     mean, std = functions.channel_statistics(data.train.images)
     functions.seed_everything(config.seed)
-    layer = nn.Linear(model.encoder.num_features, len(data.classes))
-    classifier = nn.Sequential(model.encoder, layer).to(fabric.device)
+    encoder = copy.deepcopy(model.encoder)  # other stages want the frozen one
+    layer = nn.Linear(encoder.num_features, len(data.classes))
+    classifier = nn.Sequential(encoder, layer).to(fabric.device)
     optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=fabric.device.type != "mps")
     checkpoint = folder / "finetune_checkpoint.pt"
     start, history = 0, []
@@ -245,7 +248,7 @@ def finetune(
     accuracies = functions.report_classes(
         logits.argmax(1).cpu(), data, folder, "finetune_", f"Fine-tuned, {data.name}"
     )
-    functions.save_weights(folder / "finetuned_encoder.safetensors", model.encoder, {})
+    functions.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
     checkpoint.unlink()
     return {"finetune_accuracy": accuracy, "finetune_per_class_accuracy": accuracies}
 

@@ -213,9 +213,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     loss = simclr.nt_xent_loss
     calls = []
 
-    def poisoned(z: torch.Tensor, temperature: float) -> torch.Tensor:
+    def poisoned(z: torch.Tensor, temperature: float, *others: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return loss(z, temperature) * (float("nan") if len(calls) == 11 + 4 else 1)
+        return loss(z, temperature, *others) * (float("nan") if len(calls) == 11 + 4 else 1)
 
     monkeypatch.setattr(simclr, "nt_xent_loss", poisoned)  # 1437 // 128 = 11 steps per epoch
     with pytest.raises(functions.Diverged, match="nan in epoch 2, step 4"):
