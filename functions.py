@@ -1655,13 +1655,28 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
     )
     rows = state["history"] if isinstance(state["history"], list) else []
     good = bool(rows) and all(isinstance(row, dict) for row in rows)
-    good = good and all(isinstance(v, str) or _is_number(v) for row in rows for v in row.values())
-    good = good and type(state["epoch"]) is int and rows[-1].get("epoch") == state["epoch"] >= 1
+    good = good and all(
+        isinstance(v, str) if k == "cell" else _is_number(v) for row in rows for k, v in row.items()
+    )
+    good = good and all("train_loss" in row or {"loss", "seconds"} <= row.keys() for row in rows)
+    good = good and isinstance(state["config"], dict) and type(state["epoch"]) is int
+    good = good and rows[-1].get("epoch") == state["epoch"]
+    for cell in {row.get("cell") for row in rows} if good else ():
+        epochs = [row.get("epoch") for row in rows if row.get("cell") == cell]
+        good = good and epochs == list(range(1, len(epochs) + 1))
     require(good, f"{path} is damaged: its epochs do not fit together")
     require(
         state["script"] == script, f"{path} is a checkpoint of {state['script']}, not of {script}"
     )
+    beside = path.parent / "config.json"
+    run = read_json(beside) if beside.exists() else {}
+    for name in _NEVER_DIFFER & run.keys() & state["config"].keys():
+        theirs = state["config"][name]
+        require(theirs == run[name], f"{path} is of another run: {flag(name)} is {theirs} there")
     return state
+
+
+_NEVER_DIFFER = {field.name for field in dataclasses.fields(TrainingConfig)} - FREE_ON_RESUME
 
 
 def _check_tensors(
@@ -1677,6 +1692,9 @@ def _check_tensors(
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         for number, values in state["optimizer"]["state"].items():
             pairs += [(v, None if k == "step" else weights[number]) for k, v in values.items()]
+        groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
+        for saved, own in groups:
+            pairs += [(saved[key], None) for key, value in own.items() if _is_number(value)]
     for value, like in pairs:
         if not isinstance(value, Tensor) and value is not None and not _is_number(value):
             raise ValueError(f"{value!r} is no tensor")

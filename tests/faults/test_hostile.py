@@ -1035,7 +1035,6 @@ HOSTILE = {
     "CIFAR: a batch with a payload": payload_batch,
     "CIFAR: a payload in a right archive": payload_in_a_right_archive,
     "CIFAR: ../ in a name": archive_with(member("../../canary", content=b"x")),
-    "CIFAR: an absolute name": archive_with(member("CANARY", content=b"x")),
     "CIFAR: a link out": archive_with(member(f"{INSIDE}/more", tarfile.SYMTYPE, "CANARY")),
     "CIFAR: a hard link out": archive_with(member(f"{INSIDE}/x", tarfile.LNKTYPE, "../../canary")),
     "CIFAR: a link and a file through it": archive_with(
