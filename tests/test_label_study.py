@@ -461,7 +461,7 @@ def test_the_weights_with_the_lowest_held_out_loss_are_kept(
     held = chosen[-9:]
     statistics_ = functions.channel_statistics(data.train.images)
     trainings.held_out = (data.train.images[held], data.train.labels[held], *statistics_)
-    study.predict("finetuned", chosen, 0)
+    study.predict("supervised-tuned", chosen, 0)
     assert len(trainings.held_out_losses) == steps  # all in one batch: a step per epoch
     losses = trainings.held_out_losses[every - 1 :: every]
     assert min(losses) < losses[-1] - 1e-3
