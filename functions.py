@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import glob
 import gzip
 import hashlib
@@ -353,6 +354,10 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
         _exit_with(2, f"error: {error}", error)
     except Diverged as error:
         _exit_with(1, f"error: {error}", error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _exit_with(1, f"error: {error.filename or 'the disk'}: {error.strerror}", error)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
@@ -381,6 +386,10 @@ def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn
     if process_rank() == 0:
         print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)
+
+
+# What a disk says that is full or broken, at a call that no writer guards.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT})
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -42,7 +42,7 @@ def write_checkpoint(path, version):
     nn.init.constant_(model[0].weight, version)
     nn.init.zeros_(model[0].bias)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    rows = [{"epoch": epoch, "loss": 0.5} for epoch in range(version)]
+    rows = [{"epoch": n + 1, "loss": 0.5, "seconds": 1.0} for n in range(version)]
     functions.save_checkpoint(path, "simclr", version, model, optimizer, rows, simclr.Config())
 
 
@@ -485,8 +485,8 @@ def command(folder, *words, **environment):
 @pytest.mark.parametrize("at", [2, 4])
 @pytest.mark.parametrize("fault", ["KILL", "ENOSPC", "EIO"])
 def test_fault_on_the_real_command_line(tmp_path, uninterrupted, call, at, fault):
-    # Writes: config.json, then checkpoint.pt and metrics.csv of each epoch.
-    named = {2: "checkpoint.pt", 4: "checkpoint.pt"}[at]
+    # Writes: config.json, checkpoint.pt and metrics.csv, then the kept checkpoint of epoch 2.
+    named = {2: "checkpoint.pt", 4: "checkpoints/epoch2.pt"}[at]
     words = ["simclr.py", *flags(settings(tmp_path))]
     environment = {"FAULT": f"{call},{at},{fault}", "PYTHONPATH": str(tmp_path / "site")}
     done = command(tmp_path, *words, **environment)
