@@ -383,7 +383,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn:
     line = ". ".join([message, *getattr(error, "__notes__", [])])
-    if process_rank() == 0:
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not shared or process_rank() == 0:  # processes of one run say it once
         print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)
 
@@ -400,7 +401,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def process_rank() -> int:
     """This process's number among those of a run, before and after they have found each other."""
-    names = ("RANK", "LOCAL_RANK") if "RANK" in os.environ else ("SLURM_PROCID", "LOCAL_RANK")
+    # torchrun's, that of a process which Fabric started (also within a SLURM job), srun's
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 

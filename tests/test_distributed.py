@@ -262,3 +262,27 @@ def test_ddp_mean_is_what_the_exact_gradient_needs():
         total += gradient / 2
     torch.testing.assert_close(total, expected)
     assert F.mse_loss(2 * total, expected) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, 5),  # torchrun
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, 3),  # srun
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "2"}, 2),  # --devices 4 in an interactive SLURM job
+    ],
+)
+def test_rank_of_a_process(monkeypatch, environment, rank):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert functions.process_rank() == rank
+
+
+def test_independent_processes_under_srun_all_say_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(SystemExit):
+        functions._exit_with(2, "error: no such file", ValueError())
+    assert capsys.readouterr().err == "error: no such file\n"
