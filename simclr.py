@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
+import label_study
+import pretraining
 from functions import require, setting
 
 
 @dataclass(frozen=True)
-class Config(functions.PretrainingConfig):
+class Config(pretraining.PretrainingConfig):
     """The defaults are the recipe of the README's CIFAR-10 row."""
 
     STAGES = ("pretrain", "probe", "embed", "finetune", "study")
@@ -72,7 +74,7 @@ class Config(functions.PretrainingConfig):
 
 
 # Settings of the stages after pretraining: a finished run may be evaluated again with others.
-EVALUATION = functions.EVALUATION | {"finetune", "finetune_epochs", "embedding"}
+EVALUATION = pretraining.EVALUATION | {"finetune", "finetune_epochs", "embedding"}
 
 
 class SimCLR(nn.Module):
@@ -166,10 +168,10 @@ def pretrain(
         Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
     """
     optimizer = make_optimizer(model, config)
-    training = functions.Pretraining("simclr", model, optimizer, train, config, folder, fabric)
+    training = pretraining.Pretraining("simclr", model, optimizer, train, config, folder, fabric)
     for images, generator in training.batches():
         pairs = images.repeat(2, 1, 1, 1)  # (2B, C, H, W), all first views, then all second views
-        views = functions.crop_views(pairs, config, generator)
+        views = pretraining.crop_views(pairs, config, generator)
         views = functions.normalize(views, training.mean, training.std)
         z = training.model(views.contiguous(memory_format=torch.channels_last))  # (2B, D)
         loss = nt_xent_loss(z, config.temperature, training.gather(z), training.rows)
@@ -186,7 +188,7 @@ def embed(
     `tsne.png` or `umap.png`.
     """
     mean, std = functions.channel_statistics(data.train.images)
-    split = functions.split_to_map(data)
+    split = pretraining.split_to_map(data)
     features = functions.extract_features(model.encoder, split.images, mean, std, fabric)
     coordinates = functions.project_2d(features, config.embedding, config.seed)
     labels = None if split.labels is None else split.labels.cpu().numpy()
@@ -222,7 +224,7 @@ def finetune(
         start, history = functions.restore(checkpoint, "simclr-finetune", classifier, optimizer)
 
     def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
-        images = functions.crop_views(images, config, generator, crop_only=True)
+        images = pretraining.crop_views(images, config, generator, crop_only=True)
         images = functions.normalize(images, mean, std)
         return images.contiguous(memory_format=torch.channels_last)
 
@@ -268,12 +270,12 @@ def main(config: Config) -> dict[str, Any]:
         return SimCLR(config.encoder, config.stem, *head, channels, image_size)
 
     stages = {
-        "probe": functions.probe_stage,
+        "probe": pretraining.probe_stage,
         "embed": embed,
         "finetune": finetune,
-        "study": functions.study_stage,
+        "study": label_study.study_stage,
     }
-    return functions.run_pretraining("simclr", config, make_model, pretrain, stages, EVALUATION)
+    return pretraining.run_pretraining("simclr", config, make_model, pretrain, stages, EVALUATION)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
+import label_study
+import pretraining
 from functions import require, setting
 
 
 @dataclass(frozen=True)
-class Config(functions.PretrainingConfig):
+class Config(pretraining.PretrainingConfig):
     """The defaults are the recipe of the README's FashionMNIST row."""
 
     dataset: str = setting(
@@ -321,7 +323,7 @@ def make_views(
     `generator` lives on the images' device, `host_generator` on the CPU.
     """
     if config.augmentation == "crop":
-        return functions.crop_views(images, config, generator)
+        return pretraining.crop_views(images, config, generator)
     ops, negative = draw_randaugment(len(images), config.num_ops, host_generator)
     return functions.to_float(rand_augment(images, ops, negative, config.magnitude))
 
@@ -352,7 +354,7 @@ def pretrain(
         Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
     """
     optimizer = make_optimizer(model, config)
-    training = functions.Pretraining(
+    training = pretraining.Pretraining(
         "simsiam", model, optimizer, train, config, folder, fabric, collapse_loss=-0.99
     )
     for images, generator in training.batches():
@@ -375,7 +377,7 @@ def embed(
     `umap_*.png` and `umap_*.csv` with the coordinates.
     """
     mean, std = functions.channel_statistics(data.train.images)
-    split = functions.split_to_map(data)
+    split = pretraining.split_to_map(data)
     labels = None if split.labels is None else split.labels.cpu().numpy()
     arrays = {} if labels is None else {"labels": labels}
     for name, tail in (("z", ()), ("p", (model.predictor,))):
@@ -407,9 +409,9 @@ def main(config: Config) -> dict[str, Any]:
         head = (config.head, config.projector_layers)
         return SimSiam(config.encoder, config.stem, *head, channels, image_size)
 
-    stages = {"probe": functions.probe_stage, "embed": embed, "study": functions.study_stage}
-    return functions.run_pretraining(
-        "simsiam", config, make_model, pretrain, stages, functions.EVALUATION
+    stages = {"probe": pretraining.probe_stage, "embed": embed, "study": label_study.study_stage}
+    return pretraining.run_pretraining(
+        "simsiam", config, make_model, pretrain, stages, pretraining.EVALUATION
     )
 
 

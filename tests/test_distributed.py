@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import functions
+import pretraining
 import simclr
 import simsiam
 
@@ -67,7 +68,7 @@ def worker(folder):
     fabric = functions.make_fabric("cpu", "float32", world)
     fabric.launch()
     train = functions.load_images("digits").train.select(torch.arange(5 * 32))
-    step, results = functions.Pretraining.step, {}
+    step, results = pretraining.Pretraining.step, {}
     for name in ("simclr", "simsiam", "wrong scale"):
         kind = "simsiam" if name == "simsiam" else "simclr"
         scale = world if name == "wrong scale" else 1
@@ -78,7 +79,7 @@ def worker(folder):
             losses.append(self.losses.values[self.losses.step - 1].item())
             gradients.append([p.grad.clone() for p in model.parameters()])
 
-        functions.Pretraining.step = spy
+        pretraining.Pretraining.step = spy
         subfolder = Path(folder) / name
         subfolder.mkdir(exist_ok=True)
         {"simclr": simclr, "simsiam": simsiam}[kind].pretrain(
@@ -163,13 +164,13 @@ def test_sharded_views_are_those_of_one_process():
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     config = simclr.Config(blur_probability=0.5)
     pairs = images.repeat(2, 1, 1, 1)
-    whole = functions.crop_views(pairs, config, torch.Generator().manual_seed(1))
+    whole = pretraining.crop_views(pairs, config, torch.Generator().manual_seed(1))
     augmented = simsiam.make_views(pairs, simsiam.Config(), None, torch.Generator().manual_seed(1))
     for rank in range(2):
         part = torch.arange(8)[4 * rank : 4 * rank + 4]
         rows = torch.cat((part, part + 8))
         shard = functions.Shard(torch.Generator().manual_seed(1), rows, 16)
-        views = functions.crop_views(pairs[rows], config, shard)
+        views = pretraining.crop_views(pairs[rows], config, shard)
         torch.testing.assert_close(views, whole[rows])
         shard = functions.Shard(torch.Generator().manual_seed(1), rows, 16)
         views = simsiam.make_views(pairs[rows], simsiam.Config(), None, shard)

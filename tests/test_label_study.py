@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
 import functions
+import label_study
 import simclr
 import simsiam
 
@@ -82,12 +83,12 @@ def without_seconds(folder):
 def test_drawn_labels_are_balanced_nested_and_without_repeats(count):
     labels = labels_of(20, 20, 20)
     for seed in range(5):
-        chosen = functions.draw_labels(labels, count, seed)
+        chosen = label_study.draw_labels(labels, count, seed)
         counts = labels[chosen].bincount(minlength=3)
         assert len(chosen.unique()) == len(chosen) == count
         assert counts.max() - counts.min() <= 1
         for more in range(count, 61, 9):
-            assert torch.equal(functions.draw_labels(labels, more, seed)[:count], chosen)
+            assert torch.equal(label_study.draw_labels(labels, more, seed)[:count], chosen)
 
 
 @pytest.mark.parametrize(
@@ -96,15 +97,15 @@ def test_drawn_labels_are_balanced_nested_and_without_repeats(count):
 )
 def test_small_classes_give_all_they_have(sizes, count, expected):
     labels = labels_of(*sizes)
-    chosen = functions.draw_labels(labels, count, 3)
+    chosen = label_study.draw_labels(labels, count, 3)
     assert len(chosen.unique()) == count
     assert labels[chosen].bincount(minlength=3).tolist() == expected
 
 
 def test_seeds_draw_other_images_each_as_often_as_any_other():
     labels = labels_of(6, 6, 6)
-    draws = [functions.draw_labels(labels, 5, seed) for seed in range(600)]
-    assert torch.equal(draws[0], functions.draw_labels(labels, 5, 0))
+    draws = [label_study.draw_labels(labels, 5, seed) for seed in range(600)]
+    assert torch.equal(draws[0], label_study.draw_labels(labels, 5, 0))
     counts = torch.cat(draws).bincount(minlength=18)  # 600 * 5 / 18 = 167, sd below 12.3
     assert (counts - 600 * 5 / 18).abs().max() < 4 * 12.3
 
@@ -184,7 +185,7 @@ def study(tmp_path_factory, fabric):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("study")
     data, model, predictions = digits(150, 80), pretrained(), {}
-    predict = functions.Study.predict
+    predict = label_study.Study.predict
 
     def spy(self, method, chosen, seed):
         predictions[len(chosen), seed, method] = predict(self, method, chosen, seed)
@@ -193,8 +194,8 @@ def study(tmp_path_factory, fabric):
     before = copy_of(model)
     config = settings(labels="all,20,5000")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functions.Study, "predict", spy)
-        summary = functions.study_stage(model, data, config, folder, fabric)
+        patch.setattr(label_study.Study, "predict", spy)
+        summary = label_study.study_stage(model, data, config, folder, fabric)
     return SimpleNamespace(
         folder=folder,
         data=data,
@@ -239,7 +240,7 @@ def test_the_encoder_is_left_bit_identical(study):
 
 
 def test_an_interrupted_study_goes_on_without_repeating(study, tmp_path, fabric, monkeypatch):
-    predict, calls = functions.Study.predict, []
+    predict, calls = label_study.Study.predict, []
 
     def stopping(self, method, chosen, seed):
         calls.append((len(chosen), seed, method))
@@ -247,15 +248,15 @@ def test_an_interrupted_study_goes_on_without_repeating(study, tmp_path, fabric,
             raise KeyboardInterrupt
         return predict(self, method, chosen, seed)
 
-    monkeypatch.setattr(functions.Study, "predict", stopping)
+    monkeypatch.setattr(label_study.Study, "predict", stopping)
     arguments = (study.model, study.data, study.config, tmp_path, fabric)
     with pytest.raises(KeyboardInterrupt):
-        functions.study_stage(*arguments)
+        label_study.study_stage(*arguments)
     assert without_seconds(tmp_path) == without_seconds(study.folder)[:7]
-    assert functions.study_stage(*arguments)["label_efficiency"] == study.summary
+    assert label_study.study_stage(*arguments)["label_efficiency"] == study.summary
     assert without_seconds(tmp_path) == without_seconds(study.folder)
     assert len(calls) == 8 + 20 - 7
-    functions.study_stage(*arguments)
+    label_study.study_stage(*arguments)
     assert len(calls) == 8 + 20 - 7
 
 
@@ -266,22 +267,22 @@ def test_other_steps_and_more_seeds_are_rows_of_their_own(study, tmp_path, fabri
         calls.append((len(chosen), seed, method))
         return self.data.test.labels
 
-    monkeypatch.setattr(functions.Study, "predict", predict)
+    monkeypatch.setattr(label_study.Study, "predict", predict)
     old = (study.folder / "label_efficiency.csv").read_bytes()
     (tmp_path / "label_efficiency.csv").write_bytes(old)
     config = dataclasses.replace(study.config, labels="20", label_seeds=3)
-    summary = functions.study_stage(study.model, study.data, config, tmp_path, fabric)
+    summary = label_study.study_stage(study.model, study.data, config, tmp_path, fabric)
     assert calls == [(20, 2, method) for method in METHODS]
     accuracy = [float(r["accuracy"]) for r in read(tmp_path) if r["labels"] == "20"]
     mean = summary["label_efficiency"]["mlp"]["20"]["accuracy"]
     assert mean == pytest.approx(statistics.mean(accuracy[METHODS.index("mlp") :: 5]))
     config = dataclasses.replace(study.config, labels="20")
-    fewer = functions.study_stage(study.model, study.data, config, tmp_path, fabric)
+    fewer = label_study.study_stage(study.model, study.data, config, tmp_path, fabric)
     assert {m: t["20"] for m, t in study.summary.items()} == {
         m: t["20"] for m, t in fewer["label_efficiency"].items()
     }
     config = dataclasses.replace(study.config, labels="20", label_steps=5)
-    summary = functions.study_stage(study.model, study.data, config, tmp_path, fabric)
+    summary = label_study.study_stage(study.model, study.data, config, tmp_path, fabric)
     assert len(calls) == 5 + 10
     assert summary["label_efficiency"]["mlp"]["20"] == {
         "accuracy": 1.0,
@@ -305,17 +306,17 @@ def test_other_steps_and_more_seeds_are_rows_of_their_own(study, tmp_path, fabri
     ],
 )
 def test_a_damaged_table_is_named(study, tmp_path, fabric, user_error, monkeypatch, spoil):
-    monkeypatch.setattr(functions.Study, "predict", lambda self, *_: self.data.test.labels)
+    monkeypatch.setattr(label_study.Study, "predict", lambda self, *_: self.data.test.labels)
     path = tmp_path / "label_efficiency.csv"
     content = spoil((study.folder / "label_efficiency.csv").read_bytes())
     path.write_bytes(content)
     arguments = (study.model, study.data, study.config, tmp_path, fabric)
     if not content:  # as good as none
-        functions.study_stage(*arguments)
+        label_study.study_stage(*arguments)
         assert len(read(tmp_path)) == 20
         return
     with user_error(path, "damaged", "delete it"):
-        functions.study_stage(*arguments)
+        label_study.study_stage(*arguments)
     assert path.read_bytes() == content
 
 
@@ -366,8 +367,8 @@ def rows_of(images):
 @pytest.mark.parametrize("method", ["linear", "mlp"])
 def test_frozen_methods_train_a_head_on_the_encoders_features(fabric, trainings, method):
     data, model = digits(150, 40), pretrained()
-    study = functions.Study(model.encoder, data, settings(), fabric)
-    chosen = functions.draw_labels(data.train.labels, 40, 0)
+    study = label_study.Study(model.encoder, data, settings(), fabric)
+    chosen = label_study.draw_labels(data.train.labels, 40, 0)
     predictions = study.predict(method, chosen, 0)
     with functions.evaluating(model):
         mean, std = functions.channel_statistics(data.train.images)
@@ -391,8 +392,8 @@ def test_frozen_methods_train_a_head_on_the_encoders_features(fabric, trainings,
 def test_methods_that_train_an_encoder_start_where_they_should(fabric, trainings, method):
     data, model = noise_data(30, 30, 30), pretrained()
     before = copy_of(model)
-    study = functions.Study(model.encoder, data, settings(), fabric)
-    study.predict(method, functions.draw_labels(data.train.labels, 20, 0), 0)
+    study = label_study.Study(model.encoder, data, settings(), fabric)
+    study.predict(method, label_study.draw_labels(data.train.labels, 20, 0), 0)
     encoder = copy_of(model.encoder)
     start = {k[2:]: v for k, v in trainings.first.items() if k.startswith("0.")}
     end = copy_of(trainings.classifier[0])
@@ -413,8 +414,8 @@ def test_methods_that_train_an_encoder_start_where_they_should(fabric, trainings
 @pytest.mark.parametrize("method", ["supervised-tuned", "finetuned"])
 def test_selection_is_on_a_tenth_of_each_class(fabric, trainings, method, count, held):
     data, model = noise_data(30, 30, 30), pretrained()
-    study = functions.Study(model.encoder, data, settings(), fabric)
-    chosen = functions.draw_labels(data.train.labels, count, 0)
+    study = label_study.Study(model.encoder, data, settings(), fabric)
+    chosen = label_study.draw_labels(data.train.labels, count, 0)
     study.predict(method, chosen, 0)
     labelled, fitted = rows_of(data.train.images[chosen]), rows_of(trainings.inputs)
     (held_out,) = {frozenset(rows_of(images)) for images in trainings.looked_at}
@@ -431,8 +432,8 @@ def test_selection_is_on_a_tenth_of_each_class(fabric, trainings, method, count,
 
 def test_selection_is_on_every_class_of_unequal_ones(fabric, trainings):
     data = noise_data(30, 30, 300)
-    study = functions.Study(pretrained().encoder, data, settings(label_steps=1), fabric)
-    study.predict("finetuned", functions.draw_labels(data.train.labels, 360, 0), 0)
+    study = label_study.Study(pretrained().encoder, data, settings(label_steps=1), fabric)
+    study.predict("finetuned", label_study.draw_labels(data.train.labels, 360, 0), 0)
     held_out = rows_of(trainings.looked_at[0])
     images = zip(data.train.images, data.train.labels, strict=True)
     classes = {y.item() for x, y in images if tuple(x.flatten().tolist()) in held_out}
@@ -444,8 +445,8 @@ def test_selection_is_on_every_class_of_unequal_ones(fabric, trainings):
 )
 def test_nothing_is_held_out_without_selection_or_with_few_labels(fabric, trainings, method, count):
     data = noise_data(30, 30, 30)
-    study = functions.Study(pretrained().encoder, data, settings(), fabric)
-    study.predict(method, functions.draw_labels(data.train.labels, count, 0), 0)
+    study = label_study.Study(pretrained().encoder, data, settings(), fabric)
+    study.predict(method, label_study.draw_labels(data.train.labels, count, 0), 0)
     assert len(trainings.inputs) == count
     assert trainings.looked_at == []
 
@@ -454,10 +455,10 @@ def test_nothing_is_held_out_without_selection_or_with_few_labels(fabric, traini
 def test_the_weights_with_the_lowest_held_out_loss_are_kept(
     fabric, trainings, monkeypatch, steps, every
 ):
-    monkeypatch.setattr(functions, "crop_views", lambda images, *_, **__: images / 255)
+    monkeypatch.setattr(label_study, "crop_views", lambda images, *_, **__: images / 255)
     data = noise_data(30, 30, 30)  # nothing to learn: the loss on other images rises
-    study = functions.Study(pretrained().encoder, data, settings(label_steps=steps), fabric)
-    chosen = functions.draw_labels(data.train.labels, 90, 0)
+    study = label_study.Study(pretrained().encoder, data, settings(label_steps=steps), fabric)
+    chosen = label_study.draw_labels(data.train.labels, 90, 0)
     held = chosen[-9:]
     statistics_ = functions.channel_statistics(data.train.images)
     trainings.held_out = (data.train.images[held], data.train.labels[held], *statistics_)
@@ -472,10 +473,10 @@ def test_the_weights_with_the_lowest_held_out_loss_are_kept(
 def test_the_test_images_change_nothing_in_the_training(fabric, trainings, method):
     data, trained = noise_data(30, 30, 30), []
     other = functions.Split(data.test.images.flip(0) // 3, data.test.labels.flip(0))
-    chosen = functions.draw_labels(data.train.labels, 60, 1)
+    chosen = label_study.draw_labels(data.train.labels, 60, 1)
     for test in (data.test, other):
         changed = dataclasses.replace(data, test=test)
-        study = functions.Study(pretrained().encoder, changed, settings(), fabric)
+        study = label_study.Study(pretrained().encoder, changed, settings(), fabric)
         predictions = study.predict(method, chosen, 1)
         trained.append(copy_of(trainings.classifier))
         assert predictions.shape == (60,)
@@ -514,4 +515,4 @@ def test_both_pretrainings_have_the_study(tmp_path, script):
 def test_more_labels_than_images_and_nothing_else_is_a_user_error(tmp_path, fabric, user_error):
     config = settings(labels="5000,6000")
     with user_error("--labels"):
-        functions.study_stage(pretrained(), noise_data(9, 9), config, tmp_path, fabric)
+        label_study.study_stage(pretrained(), noise_data(9, 9), config, tmp_path, fabric)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import functions
+import pretraining
 import simclr
 
 REPOSITORY = Path(simclr.__file__).resolve().parent
@@ -339,7 +340,7 @@ def test_the_probe_leaves_the_encoder_as_it_was(tmp_path, monkeypatch):
 
 def test_views_are_drawn_per_sample_and_per_view():
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).repeat(32, 1, 1, 1)
-    views = functions.crop_views(images, simclr.Config(), torch.Generator().manual_seed(0))
+    views = pretraining.crop_views(images, simclr.Config(), torch.Generator().manual_seed(0))
     assert views.shape == (32, 3, 32, 32)
     assert views.min() >= 0
     assert views.max() <= 1
@@ -356,7 +357,7 @@ def test_views_with_everything_off_are_the_images():
         grayscale_probability=0.0,
         blur_probability=0.0,
     )
-    views = functions.crop_views(images, config, torch.Generator().manual_seed(0))
+    views = pretraining.crop_views(images, config, torch.Generator().manual_seed(0))
     whole = functions.draw_crop_boxes(
         images, (1.0, 1.0), generator=torch.Generator().manual_seed(0)
     )

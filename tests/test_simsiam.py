@@ -16,6 +16,8 @@ from test_randaugment import naive_chains
 from torch import nn
 
 import functions
+import label_study
+import pretraining
 import simsiam
 
 REPOSITORY = Path(simsiam.__file__).resolve().parent
@@ -174,7 +176,7 @@ def test_crop_views_are_the_shared_ones():
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=seeded())
     config = simsiam.Config(augmentation="crop", blur_probability=0.5)
     views = simsiam.make_views(images, config, seeded(1), seeded(2))
-    assert torch.equal(views, functions.crop_views(images, config, seeded(1)))
+    assert torch.equal(views, pretraining.crop_views(images, config, seeded(1)))
 
 
 @pytest.mark.parametrize(("num_ops", "magnitude"), [(5, 9), (2, 24)])
@@ -379,7 +381,7 @@ def test_command_line_makes_every_artifact(tmp_path):
     numbers = {"final_loss", "linear_probe_accuracy", "knn_accuracy", "label_efficiency"}
     assert stages | numbers | {"seconds", "per_class_accuracy"} <= summary.keys()
     assert -1 <= summary["final_loss"] < 0
-    assert list(summary["label_efficiency"]) == list(functions.STUDY)
+    assert list(summary["label_efficiency"]) == list(label_study.STUDY)
     for table in summary["label_efficiency"].values():
         assert list(table) == ["20", "1437"]
     config = json.loads((folder / "config.json").read_text())

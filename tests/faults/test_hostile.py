@@ -48,6 +48,8 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
 import functions
+import label_study
+import pretraining
 import rnn
 import rnn_hyperparameter_tune as tune
 import simclr
@@ -282,7 +284,7 @@ def load_best(folder):
 
 def load_summary(folder):
     summary = functions.update_summary(folder, {"final_loss": 1.25})
-    functions.report(summary, folder)
+    pretraining.report(summary, folder)
     return summary
 
 
@@ -293,7 +295,7 @@ def load_resumed(folder):
 
 
 class Trainer:
-    """In place of `functions.Study`: predicts without training, and says what it was asked for."""
+    """In place of `label_study.Study`: predicts untrained, and says what it was asked for."""
 
     asked: typing.ClassVar[list] = []
 
@@ -313,13 +315,13 @@ def study_rows(folder):
 
 def load_labels(folder):
     """The rows that were there; those that had to be trained again at the end are `missing`."""
-    functions.Study = Trainer
+    label_study.Study = Trainer
     Trainer.asked = []
     split = functions.Split(torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 4)
     test = functions.Split(split.images[:8], split.labels[:8])
     data = functions.ImageData("tiny", tuple("abcd"), split, test)
     model = types.SimpleNamespace(encoder=None)
-    functions.study_stage(model, data, settings(folder), folder, None)
+    label_study.study_stage(model, data, settings(folder), folder, None)
     rows = study_rows(folder)
     keys = [(row["labels"], row["seed"], row["steps"], row["method"]) for row in rows]
     missing = [key for key in keys if key in Trainer.asked]
