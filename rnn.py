@@ -43,6 +43,9 @@ class Config(functions.TrainingConfig):
     l2: int = setting(64, "model", "units of the MLP's first layer")
     l3: int = setting(64, "model", "units of the MLP's second layer")
     dropout: float = setting(0.5, "model", "dropout of the MLP")
+    recurrent_init: Literal["uniform", "orthogonal"] = setting(
+        "uniform", "model", "first recurrent weights: PyTorch's uniform, or orthogonal"
+    )
     batch_size: int = setting(64, "training", "images per step")
     learning_rate: float = setting(2.2e-4, "training", "Adam's first learning rate")
     weight_decay: float = setting(5.2e-4, "training", "Adam's L2 penalty")
@@ -99,10 +102,16 @@ class RowRNN(nn.Module):
         l2: int = 64,
         l3: int = 64,
         dropout: float = 0.5,
+        recurrent_init: str = "uniform",
     ):
         super().__init__()
         require(cell in CELLS, f"unknown cell {cell!r}: use {', '.join(CELLS)}")
         self.recurrent = CELLS[cell](input_size, hidden_size, num_layers, batch_first=True)
+        if recurrent_init == "orthogonal":  # keeps gradients alive over many steps (Saxe 2014)
+            for name, weights in self.recurrent.named_parameters():
+                if name.startswith("weight_hh"):
+                    for gate in weights.split(hidden_size):  # (hidden_size, hidden_size)
+                        nn.init.orthogonal_(gate)
         self.mlp = nn.Sequential(
             *(nn.Linear(hidden_size, l2), nn.BatchNorm1d(l2), nn.ReLU(), nn.Dropout(dropout)),
             *(nn.Linear(l2, l3), nn.BatchNorm1d(l3), nn.ReLU(), nn.Dropout(dropout)),
@@ -120,7 +129,7 @@ def make_model(config: Config, cell: str, data: functions.ImageData) -> RowRNN:
     channels, _, width = data.train.images.shape[1:]
     functions.seed_everything(config.seed)
     sizes = (config.hidden_size, config.num_layers, len(data.classes), config.l2, config.l3)
-    return RowRNN(cell, channels * width, *sizes, config.dropout)
+    return RowRNN(cell, channels * width, *sizes, config.dropout, config.recurrent_init)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

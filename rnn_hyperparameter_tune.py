@@ -19,14 +19,18 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
+import platform
 import signal
 import sqlite3
 import statistics
-import sys
+import threading
 import time
 import typing
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +55,14 @@ SPACE: dict[str, Any] = {
     "weight_decay": (5e-4, 1e-1),  # logarithmic
     "batch_size": [32, 64, 128, 256],
 }
+
+
+def process_name(number: int) -> str:
+    """A process of this machine, among those of all machines that work on a study."""
+    return f"{platform.node()}:{number}"
+
+
+PROCESS = process_name(os.getpid())
 # What a study is about: on resume it must be the same.
 SAME = ("cell", "dataset", "max_epochs", "train_fraction", "augmentation", "seed")
 
@@ -214,6 +226,11 @@ class Objective:
 
     def __call__(self, trial: optuna.trial.Trial) -> float:
         """Run the trial; a failure is recorded with its reason in the trial's `reason`."""
+        before = [other for other in trial.study.get_trials() if other.number < trial.number]
+        lost = sum(other.state.is_finished() and not is_finished(other) for other in before)
+        if trial.number - lost >= self.config.trials:
+            raise Surplus
+        trial.set_user_attr("process", PROCESS)
         config = suggest_config(trial, self.config)
         trainer = make_trainer(config, [Pruning(trial)])
         try:
@@ -226,18 +243,27 @@ class Objective:
                 raise
             trial.set_user_attr("reason", f"out of memory: {error}".splitlines()[0])
             raise MemoryError(str(error)) from error
-        except (SystemExit, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
-            trial.set_user_attr("reason", INTERRUPTED)
+        except SystemExit:  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from None
         return trainer.callback_metrics["validation_loss"].item()
 
 
-INTERRUPTED = "stopped by the user"
-
-
 def is_finished(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial counts: it ended, and not because somebody stopped the sweep."""
-    return trial.state.is_finished() and trial.user_attrs.get("reason") != INTERRUPTED
+    """Whether a trial counts: it has a result, or failed for a `reason` of its own.
+
+    One that was stopped or killed has none; it does not count and is run again.
+    """
+    failed = trial.state.name == "FAIL"
+    return "reason" in trial.user_attrs if failed else trial.state.is_finished()
+
+
+def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Let somebody run a lost trial again, with the same parameters."""
+    study.enqueue_trial(trial.params, {"retry_of": trial.number})
+
+
+class Surplus(Exception):
+    """Another process has begun the last trial that was missing at the same time."""
 
 
 def open_study(config: Config, folder: Path) -> optuna.Study:
@@ -265,7 +291,13 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=120)
+            # Nobody but `run_workers` watches over the trials of other machines.
+            beat = {
+                "heartbeat_interval": 30,
+                "grace_period": 120,
+                "heartbeat_stale_trial_callback": retry,
+            }
+            storage = optuna.storages.RDBStorage(url, **(beat if config.storage else {}))
         study = optuna.create_study(
             storage=storage, study_name=name, pruner=pruner, load_if_exists=True
         )
@@ -307,54 +339,75 @@ def noticing_ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_trials(config: Config, folder: Path, count: int, number: int) -> None:
-    """Run `count` trials in this process, as worker `number`."""
+def run_trials(config: Config, folder: Path, number: int) -> None:
+    """Run trials in this process until none is left to begin; it is worker `number`."""
     import optuna
 
     torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
     study = open_study(config, folder)
-    # Worker and progress go into the seed: a continued sweep must not draw the same trials again.
-    seed = [config.seed, number, len(study.trials)]
-    study.sampler = optuna.samplers.TPESampler(
-        seed=int(torch.tensor(seed).mul(torch.tensor([1, 1009, 9176])).sum() % 2**32)
-    )
-    began, limit = time.perf_counter(), config.timeout and config.timeout * 60
+    # Worker and progress go into the seed: a continued sweep must not draw the same trials again,
+    # nor two machines with one study.
+    seed = f"{config.seed} {number} {len(study.trials)} {PROCESS if config.storage else ''}"
+    study.sampler = optuna.samplers.TPESampler(seed=zlib.crc32(seed.encode()))
+    began, objective = time.perf_counter(), None
 
     def report(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        done = sum(map(is_finished, study.get_trials(deepcopy=False)))
-        complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-        best = min(complete, key=lambda t: t.value, default=None)
-        pace = (time.perf_counter() - began) / max(1, done - before)
-        left = functions.format_seconds(pace * max(0, config.trials - done))
-        value = f"{trial.value:.4f}" if trial.value is not None else "      "
-        top = f"best {best.value:.4f} (trial {best.number})" if best else "none complete yet"
-        state = f"{trial.number:3} {trial.state.name.lower():8}"
-        print(f"{done:4}/{config.trials}  trial {state} {value}  {top}  {left} left")
+        if is_finished(trial):
+            done = sum(map(is_finished, study.get_trials(deepcopy=False)))
+            complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+            best = min(complete, key=lambda t: t.value, default=None)
+            pace = (time.perf_counter() - began) / max(1, done - before)
+            left = functions.format_seconds(pace * max(0, config.trials - done))
+            value = f"{trial.value:.4f}" if trial.value is not None else "      "
+            top = f"best {best.value:.4f} (trial {best.number})" if best else "none complete yet"
+            state = f"{trial.number:3} {trial.state.name.lower():8}"
+            print(f"{done:4}/{config.trials}  trial {state} {value}  {top}  {left} left")
         if noticed:
             raise KeyboardInterrupt
 
     before = sum(map(is_finished, study.get_trials(deepcopy=False)))
     with noticing_ctrl_c() as noticed:
-        try:
-            study.optimize(
-                Objective(config),
-                n_trials=count,
-                timeout=limit,
-                catch=(functions.Diverged, MemoryError),
-                callbacks=[report],
-            )
-        except Exception:
-            if noticed:  # Optuna stumbles over an interrupt that comes while it stores a result
-                raise KeyboardInterrupt from None
-            raise
+        while trials_to_begin(study, config) and not is_over(config, began):
+            objective = objective or Objective(config)
+            try:
+                study.optimize(
+                    objective,
+                    n_trials=1,
+                    catch=(functions.Diverged, MemoryError, Surplus),
+                    callbacks=[report],
+                )
+            except Exception as error:
+                if noticed:  # Optuna stumbles over an interrupt that comes while it stores a result
+                    raise KeyboardInterrupt from None
+                if "Cannot tell a FAIL trial" not in f"{error} {error.__context__}":
+                    raise
+                print("this process was silent for so long that another one ended its trial")
 
 
-def work(config: Config, folder: Path, count: int, number: int) -> None:
-    """`run_trials` as a process of its own, which ends quietly on Ctrl-C."""
+def trials_to_begin(study: optuna.Study, config: Config) -> bool:
+    """Whether trials are missing that nobody runs."""
+    trials = study.get_trials(deepcopy=False)
+    done = sum(map(is_finished, trials))
+    waiting, running = (
+        sum(trial.state.name == name for trial in trials) for name in ("WAITING", "RUNNING")
+    )
+    return done < config.trials and (waiting > 0 or done + running < config.trials)
+
+
+def is_over(config: Config, began: float) -> bool:
+    """Whether `--timeout` has passed."""
+    return config.timeout is not None and time.perf_counter() - began > 60 * config.timeout
+
+
+def work(config: Config, folder: Path, number: int, errors: Any) -> None:
+    """`run_trials` as a process of its own, which lives no longer than its parent."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     try:
-        run_trials(config, folder, count, number)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with storage_errors(config.storage or str(folder / "study.db")):
+            run_trials(config, folder, number)
+    except UserError as error:
+        errors.put(str(error))
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -363,6 +416,8 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
         UserError: the data or the storage cannot be used, or every trial failed.
     """
+    import optuna
+
     free = frozenset({"trials", "timeout", "workers", "pruner"})
     with (
         functions.open_run("rnn_hyperparameter_tune", config, free) as folder,
@@ -370,22 +425,24 @@ def main(config: Config) -> dict[str, Any]:
     ):
         study = open_study(config, folder)
         if config.storage is None:  # nobody else works on this file
-            forget_running(study)
+            forget(study)
         began = time.perf_counter()
         try:
-            while (left := config.trials - sum(map(is_finished, study.trials))) > 0:
-                if config.timeout and time.perf_counter() - began > 60 * config.timeout:
+            while sum(map(is_finished, study.trials)) < config.trials:
+                if is_over(config, began):
                     break
-                if config.workers == 1:
-                    run_trials(config, folder, left, 0)
+                if not trials_to_begin(study, config):  # other machines run the rest
+                    time.sleep(1)
+                    optuna.storages.fail_stale_trials(study)
+                elif config.workers == 1:
+                    run_trials(config, folder, 0)
                 else:
-                    run_workers(config, folder, left)
+                    run_workers(config, folder, study)
         except KeyboardInterrupt:
             write_results(study, config, folder)
             raise
         finally:
-            if config.storage is None:
-                forget_running(study)
+            forget(study, None if config.storage is None else [PROCESS])
         best = write_results(study, config, folder)
         functions.print_folder(folder)
     return best
@@ -404,39 +461,71 @@ def storage_errors(place: str) -> Iterator[None]:
         raise UserError(f"cannot use the study at {place.split('@')[-1]}: {reason}") from error
 
 
-def forget_running(study: optuna.Study) -> None:
-    """End the trials that a killed process left behind; others replace them."""
+def forget(study: optuna.Study, processes: Sequence[str] | None = None) -> None:
+    """End the trials that stopped or killed processes (default: all) left behind, to run again."""
     import optuna
 
-    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-        study._storage.set_trial_user_attr(trial._trial_id, "reason", INTERRUPTED)
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    trials = study.get_trials(deepcopy=False)
+    mine = [t for t in trials if processes is None or t.user_attrs.get("process") in processes]
+    for trial in mine:
+        if trial.state == optuna.trial.TrialState.RUNNING:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    retried = {trial.user_attrs.get("retry_of") for trial in trials}
+    for trial in mine:
+        lost = trial.state.name in ("RUNNING", "FAIL") and not is_finished(trial)
+        if lost and trial.params and trial.number not in retried:
+            retry(study, trial)
 
 
-def run_workers(config: Config, folder: Path, left: int) -> None:
-    """Share `left` trials among the worker processes and wait for them.
+def run_workers(config: Config, folder: Path, study: optuna.Study) -> None:
+    """Run trials in `config.workers` processes; one that is killed is replaced.
 
     Raises:
-        UserError: a worker ended with an error of its own.
+        UserError: a worker ended with an error, or workers are killed one after the other.
     """
     context = multiprocessing.get_context("spawn")
-    shares = [left // config.workers + (i < left % config.workers) for i in range(config.workers)]
-    workers = [
-        context.Process(target=work, args=(config, folder, share, number))
-        for number, share in enumerate(shares)
-        if share
-    ]
-    for worker in workers:
-        worker.start()
+    errors = context.SimpleQueue()
+    numbers = itertools.count()
+    workers: list[Any] = []
+    killed, done = 0, -1
+
+    def start() -> None:
+        worker = context.Process(target=work, args=(config, folder, next(numbers), errors))
+        # Ctrl-C in a terminal reaches all processes; this one answers for its workers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            worker.start()
+            workers.append(worker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
     try:
+        for _ in range(config.workers):
+            start()
+        while workers:
+            multiprocessing.connection.wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                forget(study, [process_name(worker.pid)])
+                if not errors.empty():
+                    raise UserError(errors.get())
+                require(worker.exitcode <= 0, "a worker failed; its error is above")
+                if worker.exitcode < 0 and trials_to_begin(study, config):
+                    now = sum(map(is_finished, study.trials))
+                    killed, done = (killed + 1 if now == done else 1), now
+                    require(
+                        killed <= 2 * config.workers,
+                        f"{killed} workers were killed one after the other without finishing a "
+                        "trial: if the memory is full, use fewer --workers",
+                    )
+                    start()
+    finally:
+        for worker in workers:
+            worker.kill()
         for worker in workers:
             worker.join()
-    except (KeyboardInterrupt, SystemExit):  # the terminal has sent it to the workers as well
-        for worker in workers:
-            worker.join(3)
-            worker.terminate()
-        raise
-    require(all(worker.exitcode != 1 for worker in workers), "a worker failed; its error is above")
+        with contextlib.suppress(KeyboardInterrupt):
+            forget(study, [process_name(worker.pid) for worker in workers])
 
 
 def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
@@ -447,7 +536,7 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
     """
     import optuna
 
-    trials = study.get_trials()
+    trials = [trial for trial in study.get_trials() if trial.state.name != "WAITING"]
     rows = [
         {
             "trial": trial.number,
@@ -456,7 +545,8 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
             "epochs": len(trial.intermediate_values),
             **{name: trial.params.get(name) for name in SPACE},
             "seconds": trial.duration.total_seconds() if trial.duration else None,
-            "reason": trial.user_attrs.get("reason"),
+            "reason": trial.user_attrs.get("reason", None if is_finished(trial) else "stopped"),
+            "retry_of": trial.user_attrs.get("retry_of"),
         }
         for trial in trials
     ]

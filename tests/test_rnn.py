@@ -272,6 +272,19 @@ def test_best_json_sets_the_model(tmp_path):
         rnn.with_best(rnn.Config(config=str(path), hidden_size=99))
 
 
+@pytest.mark.parametrize("cell", rnn.CELLS)
+def test_orthogonal_recurrent_weights_keep_lengths(cell):
+    torch.manual_seed(0)
+    model = rnn.RowRNN(cell, 12, 8, 2, recurrent_init="orthogonal")
+    uniform = rnn.RowRNN(cell, 12, 8, 2)
+    for layer in (0, 1):
+        for gate in getattr(model.recurrent, f"weight_hh_l{layer}").split(8):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(8))
+        plain = getattr(uniform.recurrent, f"weight_hh_l{layer}")
+        assert plain.abs().max() <= 8**-0.5
+        assert not torch.allclose(plain[:8] @ plain[:8].T, torch.eye(8), atol=0.5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -270,6 +270,43 @@ def test_a_ctrl_c_that_gets_lost_stops_the_sweep_after_the_trial(tmp_path, tiny,
     assert len(calls) == 1
 
 
+def test_a_lost_trial_is_run_again_with_its_parameters(tmp_path, tiny, monkeypatch):
+    fit, calls = tune.Trainer.fit, []
+
+    def stopping(trainer, module):
+        calls.append(module.config)
+        if len(calls) == 2:
+            raise SystemExit  # as Lightning does on Ctrl-C
+        fit(trainer, module)
+
+    monkeypatch.setattr(tune.Trainer, "fit", stopping)
+    config = small_config(tmp_path, trials=3)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(config)
+    folder = tmp_path / "rnn_hyperparameter_tune" / "run"
+    assert [row["state"] for row in csv.DictReader((folder / "trials.csv").open())] == [
+        "complete",
+        "fail",
+    ]
+    tune.main(dataclasses.replace(config, resume=str(folder)))
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [row["state"] for row in rows] == ["complete", "fail", "complete", "complete"]
+    assert [row["retry_of"] for row in rows] == ["", "", "1", ""]
+    assert [row["reason"] for row in rows] == ["", "stopped", "", ""]
+    assert calls[2] == calls[1] != calls[3]
+
+
+def test_a_trial_too_many_gives_way(tmp_path, tiny, monkeypatch):
+    # Two processes may both see that one trial is missing, and both begin it.
+    answers = iter([True] * 5)
+    monkeypatch.setattr(tune, "trials_to_begin", lambda *_: next(answers, False))
+    best = tune.main(small_config(tmp_path, trials=3))
+    assert best["trials"] == 3
+    path = tmp_path / "rnn_hyperparameter_tune" / "run" / "trials.csv"
+    states = [row["state"] for row in csv.DictReader(path.open())]
+    assert states == ["complete"] * 3 + ["fail"]
+
+
 def test_workers_share_the_trials(tmp_path):
     process = start(tmp_path, "--trials", "5", "--workers", "2", "--train-fraction", "0.2")
     output, errors = process.communicate(timeout=200)
@@ -289,6 +326,6 @@ def test_a_killed_sweep_leaves_nothing_behind_that_counts(tmp_path):
     process.communicate()
     path = tmp_path / "results" / "rnn_hyperparameter_tune" / "run" / "study.db"
     study = optuna.load_study(study_name="study", storage=f"sqlite:///{path}")
-    tune.forget_running(study)
+    tune.forget(study)
     assert "RUNNING" not in states(tmp_path)
     assert sum(map(tune.is_finished, study.trials)) == states(tmp_path).count("COMPLETE")

@@ -133,6 +133,13 @@ def problems(commands: Commands, reported: list[tuple[int, str]], wanted: int) -
             found.append(f"trial {trial.number} counts as failed, for no reason of its own")
     if len({str(trial.params) for trial in finished}) != len(finished):
         found.append("a trial was run twice")
+    retries = [trial for trial in trials if "retry_of" in trial.user_attrs]
+    if len({trial.user_attrs["retry_of"] for trial in retries}) != len(retries):
+        found.append("a trial has two retries")
+    for trial in retries:
+        first = trials[trial.user_attrs["retry_of"]]
+        if tune.is_finished(first) or not first.params.items() <= trial.params.items():
+            found.append(f"trial {trial.number} is no retry of trial {first.number}")
     if len(set(reported)) != len(reported):
         found.append("a trial was reported twice")
     for number, state in reported:  # what was said to be done is not lost afterwards
