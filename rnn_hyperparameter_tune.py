@@ -81,8 +81,9 @@ class Config(functions.RunConfig):
     train_fraction: float = setting(1.0, "sweep", "share of the training images to use")
     augmentation: Literal["none", "original", "standard"] = setting("none", "sweep", "as in rnn.py")
     storage: str | None = setting(
-        None, "sweep", "URL of a shared database; with --name, for many machines (default: a file)"
+        None, "sweep", "URL of a database that several machines share (default: a file)"
     )
+    study: str = setting("study", "sweep", "with --storage: name of the study in the database")
     workers: int = setting(1, "sweep", "processes on this machine, each with its share of threads")
 
     def __post_init__(self) -> None:
@@ -280,7 +281,7 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
     lost = config.resume and not config.storage and file.exists() and not file.stat().st_size
     require(not lost, f"{file} is empty: delete it to begin anew")
     url = config.storage or f"sqlite:///{folder.resolve() / 'study.db'}"
-    name = config.name if config.storage and config.name else "study"
+    name = config.study if config.storage else "study"
     pruner = {
         "median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
         "hyperband": optuna.pruners.HyperbandPruner(1, config.max_epochs),
@@ -318,7 +319,7 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
         require(
             known in (None, about) or known.get(key) == about[key],
             f"the study {name!r} at {url.split('@')[-1]} has {key} {(known or {}).get(key)}, "
-            f"not {about[key]}: start another run, or give a shared study another --name",
+            f"not {about[key]}: start another run, or give --storage another --study",
         )
     return study
 
@@ -456,8 +457,18 @@ def storage_errors(place: str) -> Iterator[None]:
 
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:
+        cause, kinds = (
+            error,
+            (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError),
+        )
+        while not isinstance(cause, kinds):  # Optuna may stumble over it while it handles it
+            if cause.__context__ is None:
+                raise
+            cause = cause.__context__
+        reason = str(cause.__cause__ or cause).splitlines()[0]
         raise UserError(f"cannot use the study at {place.split('@')[-1]}: {reason}") from error
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,22 +28,22 @@ import rnn
 
 
 class Pictures(torch.utils.data.Dataset):
-    """PIL images with a transform, as `torchvision.datasets.CIFAR10` holds them."""
+    """As `torchvision.datasets.CIFAR10`: an array, whose items become PIL images, then tensors."""
 
     def __init__(self, split: functions.Split):
         from torchvision import transforms
 
-        self.pictures = [transforms.functional.to_pil_image(image) for image in split.images]
+        self.data = split.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = split.labels.tolist()
         self.transform = transforms.Compose(
             [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
         )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.pictures[index]), self.labels[index]
+        return self.transform(Image.fromarray(self.data[index])), self.labels[index]
 
 
 def original_epoch(model: nn.Module, train: Pictures, validation: Pictures) -> None:
