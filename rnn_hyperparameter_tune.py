@@ -277,6 +277,7 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
     import sqlalchemy.exc
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are
     file = folder / "study.db"
     lost = config.resume and not config.storage and file.exists() and not file.stat().st_size
     require(not lost, f"{file} is empty: delete it to begin anew")
@@ -290,15 +291,7 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
     about = {key: getattr(config, key) for key in SAME} | {"space": SPACE}
     about = json.loads(json.dumps(about))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Nobody but `run_workers` watches over the trials of other machines.
-            beat = {
-                "heartbeat_interval": 30,
-                "grace_period": 120,
-                "heartbeat_stale_trial_callback": retry,
-            }
-            storage = optuna.storages.RDBStorage(url, **(beat if config.storage else {}))
+        storage = open_storage(url, config.storage is not None)
         study = optuna.create_study(
             storage=storage, study_name=name, pruner=pruner, load_if_exists=True
         )
@@ -322,6 +315,27 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
             f"not {about[key]}: start another run, or give --storage another --study",
         )
     return study
+
+
+def open_storage(url: str, shared: bool) -> optuna.storages.RDBStorage:
+    """The database; a shared one notices the trials of machines that have gone silent."""
+    import optuna
+    import sqlalchemy.exc
+
+    options: dict[str, Any] = {}
+    if shared:
+        options = {"heartbeat_interval": 30, "grace_period": 120}
+        options["heartbeat_stale_trial_callback"] = retry
+    if url.startswith(("postgresql", "mysql")):  # else a dead host hangs for minutes
+        options["engine_kwargs"] = {"connect_args": {"connect_timeout": 10}}
+    for attempts_left in (4, 3, 2, 1, 0):
+        try:
+            return optuna.storages.RDBStorage(url, **options)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            if not attempts_left:
+                raise
+            time.sleep(1)  # another machine creates the same tables just now
+    raise AssertionError
 
 
 @contextlib.contextmanager
