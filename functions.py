@@ -948,12 +948,14 @@ def _load_folder(folder: Path, data_dir: Path, image_size: int) -> ImageData:
             labels += [classes.index(names[label]) for label in more_labels]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    everything = Split(_decode(paths, folder, data_dir, image_size), torch.tensor(labels))
+    targets = torch.tensor(labels)
     if test_folder is None:
-        train, test = hold_out(everything, 0.2)
-    else:
-        train = Split(everything.images[:count], everything.labels[:count])
-        test = Split(everything.images[count:], everything.labels[count:])
+        # Before decoding, so that both parts are slices of the cache and not copies in memory.
+        train, test = hold_out(Split(torch.arange(count), targets), 0.2)
+        count, order = len(train), torch.cat((train.images, test.images))
+        paths, targets = [paths[i] for i in order], targets[order]
+    images = _decode(paths, folder, data_dir, image_size)
+    train, test = Split(images[:count], targets[:count]), Split(images[count:], targets[count:])
     return ImageData(folder.resolve().name, tuple(classes), train, test)
 
 

@@ -134,12 +134,35 @@ def nt_xent_loss(
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
         everyone = z if alone else F.normalize(everyone.float(), dim=1)
-        similarity = (z / temperature) @ everyone.T  # (2b, 2B)
         partner = (rows + len(everyone) // 2) % len(everyone)  # the pairs are i, i + B
         positive = (z * everyone[partner]).sum(1) / temperature  # (2b,)
         # An anchor is not its own negative; the positive stays in the denominator, once.
-        denominator = similarity.scatter_(1, rows[:, None], -torch.inf).logsumexp(1)  # (2b,)
+        denominator = LogSumExp.apply(z / temperature, everyone, rows)  # (2b,)
         return denominator.mean() - positive.mean()
+
+
+class LogSumExp(torch.autograd.Function):
+    """log of the sum of exp(a_i . e_k) over all k but `rows[i]`; `a` `(2b, D)`, `e` `(2B, D)`.
+
+    As `(a @ e.T).scatter(1, rows[:, None], -inf).logsumexp(1)`, but with one matrix `(2b, 2B)`
+    instead of four: it becomes its own gradient in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, e: Tensor, rows: Tensor) -> Tensor:
+        """`(2b,)`."""
+        similarity = (a @ e.T).scatter_(1, rows[:, None], -torch.inf)  # (2b, 2B)
+        result = torch.cat([part.logsumexp(1) for part in similarity.split(256)])
+        ctx.save_for_backward(a, e, similarity, result)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradients of `a` and `e`; the matrix is spent afterwards."""
+        a, e, similarity, result = ctx.saved_tensors
+        weight = similarity.sub_(result[:, None]).exp_().mul_(gradient[:, None])  # (2b, 2B)
+        return weight @ e, weight.T @ a, None
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -155,3 +155,19 @@ def test_refuses_a_temperature_that_is_not_positive(temperature):
 def test_refuses_what_is_not_two_views(shape):
     with pytest.raises(UserError, match="2B, D"):
         nt_xent_loss(torch.ones(shape), 0.5)
+
+
+def test_one_matrix_of_similarities_is_kept_and_used_up():
+    kept, z = [], torch.randn(20, 5, requires_grad=True)
+
+    def pack(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = nt_xent_loss(z, 0.5)
+    assert kept.count((20, 20)) == 1
+    loss = nt_xent_loss(z, 0.5)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
