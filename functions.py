@@ -139,10 +139,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `UserError`s: one line, exit code 2, like every other."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise what argparse would print."""
         raise UserError(f"{message} (see --help)")
 
 
@@ -166,7 +167,7 @@ def _flag_type(hint: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _parse_flags(config_class: type, arguments: Sequence[str], defaults: Any, text: str) -> Any:
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [flags]",
         description=text,
         allow_abbrev=False,
@@ -245,11 +246,16 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> None:
-    """Parse the command line, call `main`, and turn the expected failures into one line each.
+    """Parse the command line into a `Config`, call `main` with it, and `exit_cleanly`."""
+    exit_cleanly(lambda: main(parse_config(config_class, sys.argv[1:], text)))
+
+
+def exit_cleanly(call: Callable[[], Any]) -> None:
+    """Call a script's work and turn the expected failures into one line each.
 
     Exit codes: 2 for a user's mistake, 1 for a loss that is not finite and for lack of memory, 130
-    for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1 (SLURM's warning). Anything else is a bug and keeps
-    its traceback.
+    for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1 (SLURM's warning), 141 for a closed pipe. Anything
+    else is a bug and keeps its traceback.
     """
 
     def stop(signal_number: int, frame: Any) -> typing.NoReturn:
@@ -260,11 +266,14 @@ def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> No
         signal.signal(number, stop)
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
-        main(parse_config(config_class, sys.argv[1:], text))
+        call()
     except UserError as error:
         _exit_with(2, f"error: {error}", error)
     except Diverged as error:
         _exit_with(1, f"error: {error}", error)
+    except BrokenPipeError as error:  # of `| head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit_with(141, "stopped: nobody reads the output any more", error)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -61,7 +61,7 @@ def die():
 
 def set_handler(number, handler, real=signal.signal):
     before = real(number, handler)
-    if number == signal.SIGUSR1 and caller(1) == ("functions.py", "run_script"):
+    if number == signal.SIGUSR1 and caller(1) == ("functions.py", "exit_cleanly"):
         note("ready")
     return before
 
