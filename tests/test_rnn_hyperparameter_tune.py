@@ -329,3 +329,20 @@ def test_a_killed_sweep_leaves_nothing_behind_that_counts(tmp_path):
     tune.forget(study)
     assert "RUNNING" not in states(tmp_path)
     assert sum(map(tune.is_finished, study.trials)) == states(tmp_path).count("COMPLETE")
+
+
+def test_a_task_of_a_slurm_job_is_a_worker_of_its_own(tmp_path, tiny, monkeypatch):
+    # Lightning would take it for a process of one training, and ask for the others.
+    for name, value in {
+        "NTASKS": "4",
+        "NTASKS_PER_NODE": "2",
+        "NNODES": "2",
+        "PROCID": "3",
+        "LOCALID": "1",
+        "NODEID": "1",
+        "JOB_NAME": "sweep",
+        "JOB_ID": "7",
+        "STEP_NODELIST": "node[1-2]",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert tune.main(small_config(tmp_path, trials=1))["trials"] == 1
