@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import errno
 import glob
@@ -247,7 +248,20 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> None:
     """Parse the command line into a `Config`, call `main` with it, and `exit_cleanly`."""
+    keep_freed_memory()
     exit_cleanly(lambda: main(parse_config(config_class, sys.argv[1:], text)))
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
+
+    Each step takes the same buffers again. Fresh ones cost page faults: a sixth to a fifth of a
+    step of ResNet18 with the ImageNet stem on a CPU. Does nothing without glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: keep the heap's end
 
 
 def exit_cleanly(call: Callable[[], Any]) -> None:

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
+import recurrent
 from functions import require, setting
 
-CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+CELLS = {"rnn": recurrent.RNN, "lstm": nn.LSTM, "gru": recurrent.GRU}
 
 
 @dataclass(frozen=True)
@@ -160,24 +161,13 @@ def advance(scheduler: torch.optim.lr_scheduler.LRScheduler, validation_loss: fl
 loss_function = F.cross_entropy
 
 
-def pick_precision(config: Config, cell: str) -> str:
-    """Lightning's name for the precision of a cell.
-
-    `auto` on a CPU is float32 for RNN and GRU: PyTorch has a bfloat16 kernel there for LSTM only
-    (2.3 times faster), the others lose up to a fifth.
-    """
-    on_cpu = functions.pick_device(config.device) == "cpu"
-    plain = config.precision == "auto" and on_cpu and cell != "lstm"
-    return functions.pick_precision(config.device, "float32" if plain else config.precision)
-
-
-def autocast(config: Config, cell: str) -> torch.autocast:
-    """bfloat16 where `pick_precision` says so, as under Lightning's `Trainer`.
+def autocast(config: Config) -> torch.autocast:
+    """bfloat16 where `functions.pick_precision` says so, as under Lightning's `Trainer`.
 
     Each use casts the weights anew: with the cache, the gradient of a recurrent weight would be
     summed over the rows in bfloat16.
     """
-    enabled = pick_precision(config, cell) == "bf16-mixed"
+    enabled = functions.pick_precision(config.device, config.precision) == "bf16-mixed"
     device = functions.pick_device(config.device)
     return torch.autocast(device, torch.bfloat16, enabled, cache_enabled=False)
 
@@ -349,7 +339,7 @@ def train(
             correct = torch.zeros((), dtype=torch.long, device=splits[0].images.device)
             model.train()
             for rows, labels in batches:
-                with autocast(config, cell):
+                with autocast(config):
                     logits = model(rows)  # (B, K)
                     loss = loss_function(logits, labels)
                 losses.add(loss)
@@ -360,7 +350,7 @@ def train(
                 bar.update(size)
             row = {"cell": cell, "epoch": epoch + 1, "train_loss": losses.mean()}
             row["train_accuracy"] = correct.item() / (len(batches) * size)
-            with autocast(config, cell):
+            with autocast(config):
                 row["validation_loss"], predictions = evaluate(model, splits[1], mean, std)
             row["validation_accuracy"] = functions.accuracy(predictions, splits[1].labels)
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -415,7 +405,7 @@ def main(config: Config) -> dict[str, Any]:
                 f"on {functions.hardware(config.device)}"
             )
             train(model, cell, (data.train, validation), config, folder, history)
-            with autocast(config, cell):
+            with autocast(config):
                 _, predictions = evaluate(model, data.test, mean, std)
             values = finish(model, cell, data, predictions, folder, history)
             summary = functions.update_summary(folder, values)

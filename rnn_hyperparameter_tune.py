@@ -196,7 +196,7 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     return Trainer(
         accelerator=functions.pick_device(config.device),
         devices=1,
-        precision=rnn.pick_precision(config, config.cells),
+        precision=functions.pick_precision(config.device, config.precision),
         max_epochs=config.epochs,
         callbacks=callbacks,
         logger=False,

@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=4096, help="largest batch [4096]")
     parser.add_argument("--seconds", type=float, default=5, help="least time per setting [5]")
     arguments = parser.parse_args()
+    functions.keep_freed_memory()  # as the scripts do
     device = functions.pick_device("auto")
     precision = functions.pick_precision(device, "auto")
     peak = matrix_peak(device, precision)

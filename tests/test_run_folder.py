@@ -925,3 +925,30 @@ def test_a_bug_keeps_its_traceback(monkeypatch, signals):
     monkeypatch.setattr(sys, "argv", ["simclr.py"])
     with pytest.raises(ZeroDivisionError):
         run_script(lambda config: 1 / 0, Config, "")
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    program = """
+import resource, sys, torch, functions
+if sys.argv[1] == "keep":
+    functions.keep_freed_memory()
+for step in range(30):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (40, 60):  # MB: above the largest threshold that glibc chooses by itself
+        torch.zeros(size, 250_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        word: int(
+            subprocess.run(
+                [sys.executable, "-c", program, word],
+                cwd=Path(functions.__file__).parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for word in ("keep", "return")
+    }
+    assert faults["keep"] < faults["return"] / 10

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+import recurrent
+
+KINDS = {
+    "rnn": (recurrent.RNN, nn.RNN, recurrent.Tanh),
+    "gru": (recurrent.GRU, nn.GRU, recurrent.Gates),
+}
+
+
+def pair(kind, layers, size=12, hidden=20):
+    torch.manual_seed(0)
+    ours, theirs, recurrence = KINDS[kind]
+    module, other = (make(size, hidden, layers, batch_first=True) for make in (ours, theirs))
+    other.load_state_dict(module.state_dict())
+    rows = torch.randn(7, 9, size)
+    return module, other, recurrence, rows
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_pytorchs_in_float32(kind, layers):
+    module, other, recurrence, rows = pair(kind, layers)
+    ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    outputs, last = recurrent._layers(module, ours, recurrence)
+    expected, expected_last = other(theirs)
+    torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(last, expected_last, atol=1e-6, rtol=1e-5)
+    weights = torch.randn_like(outputs)  # a gradient for every step, and one for the last states
+    ((outputs * weights).sum() + last.square().sum()).backward()
+    ((expected * weights).sum() + expected_last.square().sum()).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+    for (name, one), two in zip(module.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_close_in_bfloat16(kind, layers):
+    module, other, _, rows = pair(kind, layers, 96, 128)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        outputs, _ = module(rows)
+    expected, _ = other(rows)
+    assert outputs.dtype == torch.float32
+    assert not torch.equal(outputs, expected)
+    assert (outputs - expected).norm() / expected.norm() < 0.01
+    outputs[:, -1].sum().backward()
+    expected[:, -1].sum().backward()
+    for one, two in zip(module.parameters(), other.parameters(), strict=True):
+        assert (one.grad - two.grad).norm() / two.grad.norm() < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_pytorchs_own_without_autocast(kind):
+    module, other, _, rows = pair(kind, 2)
+    assert torch.equal(module(rows)[0], other(rows)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_the_same_forward_pass(kind):
+    module, _, _, rows = pair(kind, 2)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        outputs, _ = module(rows)
+        with torch.no_grad():
+            assert torch.equal(module(rows)[0], outputs)
