@@ -1,11 +1,12 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help install demo test test-faults lint format clean
+.PHONY: help install demo test test-faults bench lint format clean
 help:
 	@echo "make demo    pretrain on the embedded digits, probe, draw (about a minute)"
 	@echo "make test    lint and tests"
 	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
+	@echo "make bench   speed and memory beside the alternatives: half an hour; DATASET=path for CIFAR-10"
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
@@ -35,6 +36,17 @@ test: lint
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# kornia, openTSNE and pytorch-metric-learning only serve as rows of the tables.
+bench: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet kornia openTSNE pytorch-metric-learning
+	rm -f benchmarks/results.json
+	@set -e; export BENCHMARK_RESULTS=benchmarks/results.json; run="$(BIN)/python -W ignore benchmarks"; \
+	data="$(if $(DATASET),--dataset $(DATASET))"; \
+	$$run/augmentation.py $$data; $$run/randaugment.py; $$run/rnn_epoch.py $$data; \
+	$$run/simclr_epoch.py $$data; $$run/simclr_epoch.py --stem cifar --batch-size 256 $$data; \
+	$$run/simsiam_epoch.py; $$run/probe.py; $$run/tsne.py; $$run/nt_xent_memory.py; \
+	$$run/startup.py $$data; $$run/growth.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

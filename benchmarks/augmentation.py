@@ -8,16 +8,11 @@ normalisation. kornia's row is left out when it is not installed. Medians, all t
 """
 
 import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import in_turns, report
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import functions
 
@@ -110,20 +105,12 @@ def main() -> None:
             contenders[make.__name__] = make(images)
         except ImportError as error:
             print(f"{make.__name__} is left out: {error}")
-    seconds = {name: [] for name in contenders}
-    for round_ in range(11):  # in turns, so that a busy moment hits all; the first is warm-up
-        for name, run in contenders.items():
-            repeats = 10 if name == "ours" else 1
-            began = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            if round_:
-                seconds[name].append((time.perf_counter() - began) / repeats)
-    best = statistics.median(seconds["ours"])
-    print(f"{COUNT} images, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:16} {COUNT / median:8,.0f} images/s   {median / best:5.1f} times our time")
+    seconds = in_turns(contenders)
+    rows = [
+        {"way": name, "images/s": COUNT / value, "times ours": value / seconds["ours"]}
+        for name, value in seconds.items()
+    ]
+    report(f"Augmentation, {COUNT} images, {torch.get_num_threads()} threads", rows)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ same precision, measured in the same run.
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import matrix_peak, report, wait
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import functions
 import pretraining
@@ -31,25 +28,6 @@ SETTINGS = (
     ("resnet50", "imagenet", 32, 256),
     ("small", "cifar", 32, 256),
 )
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was told to."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def matrix_peak(device: str, precision: str) -> float:
-    """FLOP/s of a product of two 4096 x 4096 matrices, the best of five."""
-    kind = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-    a, b = (torch.randn(4096, 4096, device=device).to(kind) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * 4096**3 / best
 
 
 def make_step(config: simclr.Config, size: int, fabric: Any) -> Any:
@@ -86,9 +64,7 @@ def main() -> None:
     device = functions.pick_device("auto")
     precision = functions.pick_precision(device, "auto")
     peak = matrix_peak(device, precision)
-    print(f"{functions.hardware(device)}, {torch.get_num_threads()} threads, {precision}")
-    print(f"matrix product: {peak / 1e9:,.0f} GFLOP/s")
-    print("encoder   stem     size batch  images/s  GFLOP/image  of peak")
+    rows = []
     for encoder, stem, size, batch in SETTINGS:
         if batch > arguments.most:
             continue
@@ -103,10 +79,11 @@ def main() -> None:
             wait(device)
             steps += 1
         rate, flops = steps * batch / took, counter.get_total_flops() / batch
-        print(
-            f"{encoder:9} {stem:8} {size:4} {batch:5} {rate:9,.1f} {flops / 1e9:12.2f} "
-            f"{rate * flops / peak:8.0%}"
-        )
+        share = f"{rate * flops / peak:.0%}"
+        row = {"encoder": encoder, "stem": stem, "size": size, "batch": batch, "images/s": rate}
+        rows.append({**row, "GFLOP/image": flops / 1e9, "of peak": share})
+    machine = f"{functions.hardware(device)}, {torch.get_num_threads()} threads, {precision}"
+    report(f"Growth, {machine}, matrix product {peak / 1e9:,.0f} GFLOP/s", rows)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ memory-mapped cache, which it decodes first, once from a copy of it in memory. R
 
 import argparse
 import io
-import multiprocessing
-import sys
 import tempfile
 import threading
 import time
@@ -19,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import apart, report
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def make_folder(folder: Path, count: int, size: int) -> None:
@@ -45,7 +42,7 @@ def resident() -> float:
     raise SystemExit("this system does not say RssAnon: use Linux")
 
 
-def measure(folder: str, size: int, copied: bool, answers: Any) -> None:
+def measure(folder: str, size: int, copied: bool) -> tuple[float, float, float]:
     """Pretrain one epoch in this process; images/s, seconds to load, growth of memory in GB."""
     import torch
 
@@ -95,7 +92,7 @@ def measure(folder: str, size: int, copied: bool, answers: Any) -> None:
         )
     running = False
     watcher.join()
-    answers.put((rows[-1]["images_per_second"], loaded, peak - before))
+    return rows[-1]["images_per_second"], loaded, peak - before
 
 
 def main() -> None:
@@ -104,24 +101,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200_000, help="[200000]")
     parser.add_argument("--size", type=int, default=64, help="side in pixels [64]")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    results = {}
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "images")
         make_folder(folder, arguments.images, arguments.size)
         for name, copied in (("memory-mapped", False), ("copied", True)):
-            process = context.Process(
-                target=measure, args=(str(folder), arguments.size, copied, answers)
-            )
-            process.start()
-            results[name] = answers.get()
-            process.join()
+            (rate, loading, memory), _ = apart(measure, str(folder), arguments.size, copied)
+            row = {"images are": name, "images/s": rate, "loading s": loading}
+            rows.append({**row, "memory GB": memory})
     gigabytes = arguments.images * 3 * arguments.size**2 / 1e9
-    print(f"{arguments.images:,} images of {arguments.size} pixels, {gigabytes:.2f} GB as bytes")
-    print(f"{'':15}{'images/s':>10}{'loading':>10}{'memory':>11}")
-    for name, (rate, seconds, memory) in results.items():
-        print(f"{name:15}{rate:10,.0f}{seconds:9.1f}s{memory:8.2f} GB")
+    size = f"{arguments.images:,} of {arguments.size} pixels, {gigabytes:.2f} GB"
+    report(f"Folder of images, {size}", rows)
 
 
 if __name__ == "__main__":

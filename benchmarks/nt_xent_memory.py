@@ -4,19 +4,16 @@
     python benchmarks/nt_xent_memory.py                  # B = 512 to 8,192
     python benchmarks/nt_xent_memory.py --most 2048
 
-Each loss and size runs in a process of its own on the CPU, with 2B embeddings of 128 values. Beside
-the peak stands how many float32 matrices of (2B)^2 that is.
+Each loss and size runs in a process of its own on the CPU, with 2B embeddings of 128 values.
 """
 
 import argparse
-import multiprocessing
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import apart, report
 
 LOSSES = ("ours", "lightly", "metric-learning")
 
@@ -40,8 +37,8 @@ def make_loss(name: str, pairs: int) -> Any:
     return lambda z: loss(z, labels)
 
 
-def measure(name: str, pairs: int, limit: int, answers: Any) -> None:
-    """Put value, seconds and growth of the resident memory in bytes; None without the memory."""
+def measure(name: str, pairs: int, limit: int) -> tuple[float, float, int] | None:
+    """Value, seconds and growth of the resident memory in bytes; None without the memory."""
     import torch
 
     torch.manual_seed(0)
@@ -57,11 +54,10 @@ def measure(name: str, pairs: int, limit: int, answers: Any) -> None:
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        answers.put(None)
-        return
+        return None
     took = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answers.put((value.item(), took, peak - before))
+    return value.item(), took, peak - before
 
 
 def main() -> None:
@@ -70,28 +66,22 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8192, help="largest B [8192]")
     parser.add_argument("--limit", type=int, default=16, help="GB that a process may take [16]")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    print("pairs    (2B)^2" + "".join(f"{name:>28}" for name in LOSSES))
-    pairs = 512
+    rows, pairs = [], 512
     while pairs <= arguments.most:
-        matrix = 4 * (2 * pairs) ** 2
-        line, values = f"{pairs:5}{matrix / 2**20:7,.0f} MiB", []
+        matrix, values = 4 * (2 * pairs) ** 2, []
+        row: dict[str, Any] = {"pairs": pairs, "(2B)^2 MiB": matrix / 2**20}
         for name in LOSSES:
-            answers = context.SimpleQueue()
-            settings = (name, pairs, arguments.limit * 10**9, answers)
-            process = context.Process(target=measure, args=settings)
-            process.start()
-            answer = answers.get()
-            process.join()
+            answer, _ = apart(measure, name, pairs, arguments.limit * 10**9)
             if answer is None:
-                line += f"{f'more than {arguments.limit} GB':>28}"
+                row[f"{name} MiB"] = f"> {arguments.limit} GB"
                 continue
-            value, took, growth = answer
+            value, row[f"{name} s"], growth = answer
+            row[f"{name} MiB"] = growth / 2**20
             values.append(value)
-            line += f"{growth / 2**20:12,.0f} MiB {growth / matrix:4.1f}x {took:5.2f}s"
-        print(line)
+        rows.append(row)
         assert max(values) - min(values) < 1e-4, values
         pairs *= 2
+    report("NT-Xent, forward and backward", rows)
 
 
 if __name__ == "__main__":

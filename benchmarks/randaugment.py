@@ -9,17 +9,12 @@ shows what ops on whole batches cost. Medians.
 """
 
 import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import in_turns, report
 from torch import Tensor
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import simsiam
 
@@ -64,27 +59,20 @@ def one_draw_for_all(images: Tensor) -> Callable[[], Tensor]:
 
 
 def measure(shape: tuple[int, int, int]) -> None:
-    """Run the four in turns on images of one shape and print images per second."""
+    """Run the four in turns on images of one shape."""
     coarse = torch.rand(COUNT, shape[0], 7, 7, generator=torch.Generator().manual_seed(0))
     images = (F.interpolate(coarse, shape[1:], mode="bilinear") * 255).byte()
     contenders = {
         make.__name__: make(images)
         for make in (ours, torchvision_pil, torchvision_tensor, one_draw_for_all)
     }
-    seconds = {name: [] for name in contenders}
-    for round_ in range(11):  # in turns, so that a busy moment hits all; the first is warm-up
-        for name, run in contenders.items():
-            repeats = 10 if name in ("ours", "one_draw_for_all") else 1
-            began = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            if round_:
-                seconds[name].append((time.perf_counter() - began) / repeats)
-    best = statistics.median(seconds["ours"])
-    print(" x ".join(map(str, (COUNT, *shape))))
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:18} {COUNT / median:8,.0f} images/s   {median / best:5.1f} times our time")
+    seconds = in_turns(contenders)
+    rows = [
+        {"way": name, "images/s": COUNT / value, "times ours": value / seconds["ours"]}
+        for name, value in seconds.items()
+    ]
+    size = " x ".join(map(str, (COUNT, *shape)))
+    report(f"RandAugment, {size}, {torch.get_num_threads()} threads", rows)
 
 
 def main() -> None:
@@ -95,7 +83,6 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)  # torchvision draws from the global generator
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for shape in SHAPES:
         measure(shape)
 

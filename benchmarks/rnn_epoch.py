@@ -11,17 +11,15 @@ training pass. Both train the same model on the same number of images.
 
 import argparse
 import contextlib
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import report
 from PIL import Image
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import functions
 import rnn
@@ -115,13 +113,14 @@ def main() -> None:
     else:
         data, validation = noise(arguments.share)
     pictures = Pictures(data.train), Pictures(validation)
-    print(f"{len(data.train):,} images, {torch.get_num_threads()} threads, batch 64")
-    print(f"{'cell':6}{'original':>10}{'ours':>8}{'ratio':>8}")
+    rows = []
     for cell in rnn.CELLS:
         ours = seconds(our_epoch, cell, data, validation, config)
         theirs = seconds(original_epoch, rnn.make_model(config, cell, data), *pictures)
         ours = min(ours, seconds(our_epoch, cell, data, validation, config))
-        print(f"{cell:6}{theirs:9.1f}s{ours:7.1f}s{theirs / ours:8.2f}")
+        rows.append({"cell": cell, "original s": theirs, "ours s": ours, "ratio": theirs / ours})
+    size = f"{len(data.train):,} images, {torch.get_num_threads()} threads, batch 64"
+    report(f"Row-sequence epoch, {size}", rows)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ image, too; it is simsiam.py's own `pretrain`. Seconds are for all images, from 
 
 import argparse
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from common import report
 from torch import Tensor
 from torchvision import transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import functions
 import simsiam
@@ -99,12 +97,15 @@ def main() -> None:
     train = functions.load_images(arguments.dataset, "data").train
     steps = min(arguments.steps, len(train) // BATCH)
     epoch = len(train) / BATCH
-    print(f"{len(train):,} images, {torch.get_num_threads()} threads, {steps} steps measured")
-    ours = our_seconds(train, steps)
-    print(f"ours        {ours * epoch:7.1f} s per epoch")
+    ways = {"ours": our_seconds(train, steps)}
     for name, batches in (("per batch", per_batch), ("per image", per_image)):
-        seconds = plain_seconds(batches(train.images), train.images, steps)
-        print(f"{name:10}  {seconds * epoch:7.1f} s per epoch, {seconds / ours:.2f} times ours")
+        ways[name] = plain_seconds(batches(train.images), train.images, steps)
+    rows = [
+        {"way": name, "s per epoch": seconds * epoch, "times ours": seconds / ways["ours"]}
+        for name, seconds in ways.items()
+    ]
+    size = f"{len(train):,} images, {torch.get_num_threads()} threads, {steps} steps measured"
+    report(f"SimSiam epoch, {size}", rows)
 
 
 if __name__ == "__main__":
