@@ -150,8 +150,8 @@ def differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[s
         others = [other[0].settings for other in groups if other[0].script == first.script]
         keys = [
             key
-            for key in first.settings
-            if key != "seed" and any(other.get(key) != first.settings[key] for other in others)
+            for key, value in first.settings.items()
+            if key != "seed" and any(other.get(key, value) != value for other in others)
         ]
         words = [f"{key} {first.settings[key]}" for key in keys]
         if words:

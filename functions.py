@@ -223,7 +223,7 @@ def load_config(config_class: type, folder: str | Path) -> Any:
     for field in dataclasses.fields(config_class):
         name, value = flag(field.name), saved.get(field.name)
         require(field.name in saved, f"{path} lacks {name}: it is of another script or version")
-        right = _is_of(value, hints[field.name])
+        right = is_of(value, hints[field.name])
         require(right, f"{path} is damaged: {name} cannot be {json.dumps(value)[:60]}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
     try:
@@ -232,16 +232,16 @@ def load_config(config_class: type, folder: str | Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _is_of(value: Any, hint: Any) -> bool:
+def is_of(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of a field's type."""
     if isinstance(hint, types.UnionType):
-        return any(_is_of(value, part) for part in typing.get_args(hint))
+        return any(is_of(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
         return (
-            isinstance(value, list) and len(value) == len(parts) and all(map(_is_of, value, parts))
+            isinstance(value, list) and len(value) == len(parts) and all(map(is_of, value, parts))
         )
     return type(value) is hint or (hint is float and type(value) is int)
 

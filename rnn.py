@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import typing
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Config(functions.TrainingConfig):
     )
     train_fraction: float = setting(1.0, "training", "share of the training images to use")
     augmentation: Literal["none", "original", "standard"] = setting(
-        "none", "training", "original: flips, rotation to 90 degrees, strong jitter; or milder"
+        "standard", "training", "standard: mirror, small shift; original: flips, rotation, jitter"
     )
 
     def __post_init__(self) -> None:
@@ -446,6 +447,11 @@ def finish(
     }
 
 
+# What `best.json` of the tuner decides.
+BEST = ("cell", "hidden_size", "num_layers", "l2", "l3", "learning_rate", "weight_decay")
+BEST += ("batch_size", "augmentation")
+
+
 def with_best(config: Config) -> Config:
     """Take the settings of the tuner's `best.json`, when `config.config` names one.
 
@@ -456,14 +462,12 @@ def with_best(config: Config) -> Config:
         return config
     path = Path(config.config)
     best = functions.read_json(path)
-    kinds = {"cell": str, "hidden_size": int, "num_layers": int, "l2": int, "l3": int}
-    kinds |= {"learning_rate": float, "weight_decay": float, "batch_size": int}
-    changes = {}
-    for name, kind in kinds.items():
+    hints, changes = typing.get_type_hints(Config), {}
+    for name in BEST:
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
-        right = type(best[name]) is kind or (kind is float and type(best[name]) is int)
-        require(right, f"{path}: {name!r} must be of type {kind.__name__}, not {best[name]!r}")
         field = "cells" if name == "cell" else name
+        right = functions.is_of(best[name], hints[field])
+        require(right, f"{path} is damaged: {name!r} cannot be {str(best[name])[:60]!r}")
         given, default = getattr(config, field), getattr(Config, field)
         require(
             given in (default, best[name]),

@@ -79,7 +79,9 @@ class Config(functions.RunConfig):
         "median", "sweep", "how hopeless trials are stopped early"
     )
     train_fraction: float = setting(1.0, "sweep", "share of the training images to use")
-    augmentation: Literal["none", "original", "standard"] = setting("none", "sweep", "as in rnn.py")
+    augmentation: Literal["none", "original", "standard"] = setting(
+        "standard", "sweep", "as in rnn.py"
+    )
     storage: str | None = setting(
         None, "sweep", "URL of a database that several machines share (default: a file)"
     )
@@ -588,6 +590,7 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
     best = {
         "cell": config.cell,
         **complete[0].params,
+        "augmentation": config.augmentation,
         "validation_loss": complete[0].value,
         "trial": complete[0].number,
         "trials": sum(map(is_finished, trials)),

@@ -59,7 +59,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     probes = [0.7, 0.72, 0.77]
-    runs = [simclr_run(tmp_path / f"s{i}", i, p, 3.0) for i, p in enumerate(probes)]
+    runs = [
+        simclr_run(tmp_path / f"s{i}", i, p, 3.0, temperature=0.5) for i, p in enumerate(probes)
+    ]
     runs.append(simclr_run(tmp_path / "other", 0, 0.5, 4.0, temperature=0.2))
     head, seeds, other = compare.main([*runs, "--figure", "curves.png"])
     assert head == ["run", "seeds", "linear probe %", "few labels %", "loss", "minutes"]

@@ -243,10 +243,12 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, cell,
 def test_best_json_sets_the_model(tmp_path):
     best = {"cell": "lstm", "hidden_size": 12, "num_layers": 2, "l2": 7, "l3": 6}
     best |= {"learning_rate": 0.01, "weight_decay": 0.001, "batch_size": 32, "validation_loss": 1.0}
+    best["augmentation"] = "none"
     path = tmp_path / "best.json"
     path.write_text(json.dumps(best))
     config = rnn.with_best(rnn.Config(dataset="digits", config=str(path)))
     assert (config.cells, config.batch_size, config.learning_rate) == ("lstm", 32, 0.01)
+    assert config.augmentation == "none"
     data, _ = rnn.load_splits(config)
     model = rnn.make_model(config, "lstm", data)
     assert isinstance(model.recurrent, torch.nn.LSTM)
@@ -257,8 +259,9 @@ def test_best_json_sets_the_model(tmp_path):
         10,
     ]
     for change, words in (
-        ({"l2": "7"}, "'l2' must be of type int"),
-        ({"batch_size": True}, "'batch_size' must be of type int"),
+        ({"l2": "7"}, "'l2' cannot be '7'"),
+        ({"batch_size": True}, "'batch_size' cannot be 'True'"),
+        ({"augmentation": "mild"}, "'augmentation' cannot be 'mild'"),
         ({"hidden_size": 0}, "--hidden-size must be at least 1"),
     ):
         path.write_text(json.dumps(best | change))

@@ -126,6 +126,7 @@ SUMMARY = {
 BEST = {
     **{"cell": "gru", "hidden_size": 256, "num_layers": 3, "l2": 32, "l3": 16},
     **{"learning_rate": 0.00123, "weight_decay": 0.00456, "batch_size": 64},
+    "augmentation": "none",
     **{"validation_loss": 1.25, "trial": 7, "trials": 9, "epochs": 10, "train_fraction": 1.0},
 }
 
@@ -434,7 +435,7 @@ def fine_best(folder, content):
         )
         if not right or content[field] != value:
             return False
-    return True
+    return saved.get("augmentation") in ("none", "standard", "original")
 
 
 def fine_summary(folder, content):
