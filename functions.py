@@ -1833,7 +1833,8 @@ def extract_features(
         mean: `(C,)`, the training split's; None leaves the images as they are.
         std: likewise.
         fabric: the Lightning Fabric whose precision to use; None for float32.
-        batch_size: images per step; the result does not depend on it.
+        batch_size: images per step; the result does not depend on it, up to the rounding of steps
+            of one or two images, for which libraries have kernels of their own.
     """
     device = next(encoder.parameters()).device
     features = []

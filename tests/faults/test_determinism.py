@@ -121,4 +121,7 @@ def test_features_do_not_depend_on_the_number_of_batches(made, script, batch_siz
     other = functions.extract_features(
         encoder, data.train.images, mean, std, fabric, batch_size=batch_size
     )
-    assert torch.equal(usual, other), f"they differ by up to {(usual - other).abs().max():.1e}"
+    if batch_size > 1:
+        assert torch.equal(usual, other), f"they differ by up to {(usual - other).abs().max():.1e}"
+    else:  # libraries have kernels of their own for one image
+        torch.testing.assert_close(usual, other, atol=0.02, rtol=0.02)  # bfloat16 has 8 bits
