@@ -190,6 +190,7 @@ class Pretraining:
         self.rows = torch.cat((part, part + config.batch_size)).to(fabric.device)  # (2b,)
         self.is_main = fabric.global_rank == 0
         self.start, self.history = 0, []
+        self._warm: float | None = None
         if config.resume is not None and (folder / "checkpoint.pt").exists():
             self.start, self.history = functions.restore(
                 folder / "checkpoint.pt", script, model, optimizer
@@ -233,9 +234,23 @@ class Pretraining:
                     rate = self._set_rate(epoch * self.steps + step)
                     index = order[step * config.batch_size : (step + 1) * config.batch_size]
                     yield self.train.images[index[self.part]], generator
+                    self._estimate(epoch, step)
                 self._z = self.gather(self._z)
                 if self.is_main:
                     self._finish_epoch(epoch, rate, time.perf_counter() - began)
+
+    def _estimate(self, epoch: int, step: int) -> None:
+        """Say once, after ten seconds of the first epoch, how long the training will take."""
+        if epoch != self.start or not self.is_main:
+            return
+        if step == 1:  # the first two steps are slow
+            self._warm = time.perf_counter()
+        elif self._warm is not None and (passed := time.perf_counter() - self._warm) > 10:
+            self._warm = None
+            seconds = passed / (step - 1) * self.steps * (self.config.epochs - self.start)
+            hint = ": use a GPU, fewer --epochs, or a cheaper encoder (--stem imagenet, small)"
+            hint = hint if seconds > 24 * 3600 else ""
+            self.bar.write(f"about {functions.format_seconds(seconds)} on this device{hint}")
 
     def _shard(self, generator: torch.Generator) -> functions.Generator:
         if self.fabric.world_size == 1:

@@ -339,6 +339,29 @@ def test_a_healthy_run_learns_and_gives_no_warning(tmp_path, capsys):
     assert all(float(row["embedding_std"]) > 0.5 / math.sqrt(128) for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "line"),
+    [
+        (11, "about 1m06s on this device\n"),  # 2 epochs of 3 steps
+        (16000, "about 26h40m on this device: use a GPU, fewer --epochs, or a cheaper encoder"),
+        (0.1, None),
+    ],
+)
+def test_the_time_is_estimated_from_the_first_steps(tmp_path, capsys, monkeypatch, seconds, line):
+    clock, step = [0.0], pretraining.Pretraining.step
+
+    def slow(self, *arguments):
+        clock[0] += seconds
+        step(self, *arguments)
+
+    monkeypatch.setattr(pretraining.Pretraining, "step", slow)
+    monkeypatch.setattr(pretraining.time, "perf_counter", lambda: clock[0])
+    pretrain(tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("on this device") == (line is not None)
+    assert line is None or line in printed
+
+
 def test_a_constant_encoder_is_a_collapse(tmp_path, capsys):
     model = simsiam.SimSiam(image_size=8)
     with torch.no_grad():
