@@ -11,16 +11,19 @@ import dataclasses
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import embedding_page
 import functions
-from functions import require, setting
+from functions import UserError, require, setting
 
 
 @dataclass(frozen=True)
@@ -483,7 +486,8 @@ def probe_stage(
 ) -> dict[str, Any]:
     """Linear probe, kNN, per-class accuracy and the few-label score on the frozen encoder.
 
-    Writes `probe.csv`, `probe.png`, `per_class_accuracy.png` and `confusion_matrix.png`.
+    Writes `probe.csv`, `probe.png`, `per_class_accuracy.png`, `confusion_matrix.png`, and the
+    probe's classes of the test images to `predictions.npz`.
     """
     mean, std = functions.channel_statistics(data.train.images)
     train, test = (
@@ -499,6 +503,7 @@ def probe_stage(
         "knn_accuracy": functions.knn_accuracy(train, train_labels, test, test_labels),
     }
     functions.write_csv(folder / "probe.csv", result.history)
+    functions.write_arrays(folder / "predictions.npz", predictions=result.predictions.numpy())
     title = f"Linear probe on the frozen encoder, {data.name}: {result.accuracy:.1%}"
     functions.plot_loss_and_accuracy(folder / "probe.png", result.history, title)
     summary["per_class_accuracy"] = functions.report_classes(
@@ -535,3 +540,29 @@ def split_to_map(data: functions.ImageData) -> functions.Split:
     """At most 10,000 test images (training images when there are no labels), shuffled."""
     split = data.test or data.train
     return split.select(shuffled(len(split))[:10_000])
+
+
+def write_map(
+    folder: Path,
+    data: functions.ImageData,
+    features: Tensor,
+    coordinates: np.ndarray,
+    title: str,
+) -> None:
+    """Write `embedding.html`: the map of `split_to_map` with the images, to look around in.
+
+    It shows the linear probe's predictions when the probe stage has been done.
+    """
+    split, predictions = split_to_map(data), None
+    path = folder / "predictions.npz"
+    if data.test is not None and path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                predictions = file["predictions"][shuffled(len(data.test))[:10_000].numpy()]
+        except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged: delete it, or do the probe again") from error
+    labels = None if split.labels is None else split.labels.cpu().numpy()
+    images, path = split.images, folder / "embedding.html"
+    embedding_page.write_page(
+        path, coordinates, images, features, labels, data.classes, predictions, title
+    )

@@ -207,8 +207,8 @@ def embed(
 ) -> None:
     """Map the encoder's output (before the head) to two dimensions, at most 10,000 images.
 
-    Test images, or the training images of a data set without labels. Writes `embeddings.npz` and
-    `tsne.png` or `umap.png`.
+    Test images, or the training images of a data set without labels. Writes `embeddings.npz`,
+    `tsne.png` or `umap.png`, and `embedding.html`.
     """
     mean, std = functions.channel_statistics(data.train.images)
     split = pretraining.split_to_map(data)
@@ -225,6 +225,7 @@ def embed(
     title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
     path = folder / f"{config.embedding}.png"
     functions.plot_scatter(path, coordinates, labels, data.classes, title)
+    pretraining.write_map(folder, data, features, coordinates, title)
 
 
 def finetune(

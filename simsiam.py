@@ -374,7 +374,7 @@ def embed(
     """UMAP (10 neighbours, cosine) of z and of p of at most 10,000 test images.
 
     Training images of a data set without labels. Writes `embeddings.npz` and, for z and p,
-    `umap_*.png` and `umap_*.csv` with the coordinates.
+    `umap_*.png` and `umap_*.csv` with the coordinates, and `embedding.html` of z.
     """
     mean, std = functions.channel_statistics(data.train.images)
     split = pretraining.split_to_map(data)
@@ -391,6 +391,8 @@ def embed(
         if labels is not None:
             rows = [row | {"class": data.classes[k]} for row, k in zip(rows, labels, strict=True)]
         functions.write_csv(folder / f"umap_{name}.csv", rows)
+        if name == "z":
+            pretraining.write_map(folder, data, features, points, title)
     arrays |= {"features": arrays["z"], "coordinates": arrays["z_coordinates"]}
     functions.write_arrays(folder / "embeddings.npz", **arrays)
 

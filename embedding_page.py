@@ -1,0 +1,181 @@
+"""`embedding.html`: a map of images as one file that opens offline in a browser.
+
+Zoom with the wheel, drag to move, click a class in the legend to hide it. Hovering a point shows
+its image, class, what the linear probe says, and its five nearest neighbours.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import functions
+
+TILE = 32  # pixels; larger images are scaled down, so that 10,000 fit into a few megabytes
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>@TITLE@</title>
+<style>
+body { margin: 0; font: 15px system-ui, sans-serif; display: flex; height: 100vh; color: #222; }
+main { flex: 1; min-width: 0; display: flex; flex-direction: column; }
+h1 { font-size: 1.1em; margin: .7em 1em 0; }
+#map { flex: 1; min-height: 0; }
+aside { width: 15em; padding: 1em; border-left: 1px solid #ddd; overflow-y: auto; }
+.tile { background-image: url(@SPRITE@); image-rendering: pixelated; }
+.neighbour { display: flex; align-items: center; gap: .7em; margin: .4em 0; }
+.wrong { color: #b00020; }
+h2 { font-size: 1em; margin: 1.2em 0 .3em; }
+</style>
+<main><h1>@TITLE@</h1><div id="map"></div></main>
+<aside id="panel">Point at an image. The wheel zooms, dragging moves, a click on a class hides or
+shows it.</aside>
+<script>@PLOTLY@</script>
+<script>
+const data = @DATA@;
+const webgl = document.createElement("canvas").getContext("webgl");
+const traces = data.classes.map((name, label) => ({
+  type: webgl ? "scattergl" : "scatter", mode: "markers", name, hoverinfo: "none",
+  x: [], y: [], customdata: [], marker: {size: 5, color: data.colors[label]},
+}));
+data.points.forEach(([x, y], i) => {
+  const trace = traces[data.labels[i]];
+  trace.x.push(x); trace.y.push(y); trace.customdata.push(i);
+});
+const axis = {visible: false, zeroline: false};
+const layout = {
+  dragmode: "pan", hovermode: "closest", margin: {l: 5, r: 5, t: 5, b: 5},
+  xaxis: axis, yaxis: {...axis, scaleanchor: "x"},
+  showlegend: data.classes.length > 1, legend: {itemsizing: "constant"},
+};
+const map = document.getElementById("map"), panel = document.getElementById("panel");
+Plotly.newPlot(map, traces, layout, {scrollZoom: true, responsive: true, displaylogo: false});
+
+function add(parent, tag, text, kind) {
+  const element = parent.appendChild(document.createElement(tag));
+  if (text !== undefined) element.textContent = text;
+  if (kind) element.className = kind;
+  return element;
+}
+function picture(parent, i, side) {
+  const tile = add(parent, "div", undefined, "tile"), columns = data.columns;
+  tile.style.width = tile.style.height = side + "px";
+  tile.style.flexShrink = 0;
+  tile.style.backgroundSize = columns * side + "px auto";
+  tile.style.backgroundPosition = `-${i % columns * side}px -${Math.floor(i / columns) * side}px`;
+}
+function show(i) {
+  panel.replaceChildren();
+  picture(panel, i, 160);
+  const name = k => data.classes[k];
+  if (data.labelled) add(panel, "h2", name(data.labels[i]));
+  if (data.predictions) {
+    const right = data.predictions[i] === data.labels[i];
+    add(panel, "div", "the probe says: " + name(data.predictions[i]), right ? "" : "wrong");
+  }
+  add(panel, "h2", "nearest neighbours");
+  for (const j of data.neighbours[i]) {
+    const line = add(panel, "div", undefined, "neighbour");
+    picture(line, j, 48);
+    if (data.labelled) add(line, "span", name(data.labels[j]));
+  }
+}
+map.on("plotly_hover", event => show(event.points[0].customdata));
+</script>
+</html>
+"""
+
+
+def nearest(features: Tensor, count: int = 5) -> Tensor:
+    """Positions `(N, count)` of each feature's nearest others by cosine, nearest first."""
+    features = F.normalize(features.float(), dim=1)
+    count = min(count, len(features) - 1)
+    found = []
+    for start in range(0, len(features), 1000):
+        similarity = features[start : start + 1000] @ features.T  # (1000, N)
+        rows = torch.arange(len(similarity), device=features.device)
+        similarity[rows, rows + start] = -torch.inf
+        found.append(similarity.topk(count, dim=1).indices)
+    return torch.cat(found)
+
+
+def sprite(images: Tensor) -> tuple[bytes, int]:
+    """All images `(N, C, H, W)`, uint8, as the tiles of one WebP, and the number of columns."""
+    from PIL import Image
+
+    tiles = images.cpu()
+    if max(tiles.shape[2:]) > TILE:
+        small = F.interpolate(tiles.float(), (TILE, TILE), mode="bilinear", antialias=True)
+        tiles = small.round().clamp(0, 255).byte()
+    count, channels, height, width = tiles.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = torch.zeros(rows * columns, channels, height, width, dtype=torch.uint8)
+    sheet[:count] = tiles
+    sheet = sheet.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = sheet.reshape(rows * height, columns * width, channels).expand(-1, -1, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "WEBP", quality=80)
+    return file.getvalue(), columns
+
+
+def write_page(
+    path: Path,
+    coordinates: np.ndarray,
+    images: Tensor,
+    features: Tensor,
+    labels: np.ndarray | None,
+    classes: Sequence[str],
+    predictions: np.ndarray | None,
+    title: str,
+) -> None:
+    """Write the page, atomically.
+
+    Args:
+        path: of the file.
+        coordinates: `(N, 2)`.
+        images: `(N, C, H, W)`, uint8.
+        features: `(N, D)`, in which the neighbours are looked for.
+        labels: `(N,)`, or None.
+        classes: their names.
+        predictions: `(N,)`, the linear probe's, or None.
+        title: of the page.
+    """
+    import matplotlib.colors
+    from plotly.offline import get_plotlyjs
+
+    tiles, columns = sprite(images)
+    known = labels is not None
+    names = list(classes) if known else ["images"]
+    colors = functions.class_colors(len(names)) if known else [functions.TRAIN_COLOR]
+    data = {
+        "classes": names,
+        "colors": [matplotlib.colors.to_hex(color) for color in colors],
+        "points": np.round(coordinates.astype(float), 3).tolist(),
+        "labelled": known,
+        "labels": labels.tolist() if labels is not None else [0] * len(coordinates),
+        "predictions": None if predictions is None else predictions.tolist(),
+        "neighbours": nearest(features).tolist(),
+        "columns": columns,
+    }
+    parts = {
+        "@TITLE@": html.escape(title),
+        "@SPRITE@": "data:image/webp;base64," + base64.b64encode(tiles).decode(),
+        "@PLOTLY@": get_plotlyjs(),
+        # A class may be called like a tag: the name of a folder.
+        "@DATA@": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    page = re.sub("|".join(parts), lambda mark: parts[mark[0]], PAGE)
+    with functions.atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
