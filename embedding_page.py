@@ -55,12 +55,15 @@ data.points.forEach(([x, y], i) => {
 });
 const axis = {visible: false, zeroline: false};
 const layout = {
-  dragmode: "pan", hovermode: "closest", margin: {l: 5, r: 5, t: 5, b: 5},
+  dragmode: "pan", hovermode: "closest", margin: {l: 5, r: 5, t: 40, b: 5},
   xaxis: axis, yaxis: {...axis, scaleanchor: "x"},
   showlegend: data.classes.length > 1, legend: {itemsizing: "constant"},
 };
 const map = document.getElementById("map"), panel = document.getElementById("panel");
-Plotly.newPlot(map, traces, layout, {scrollZoom: true, responsive: true, displaylogo: false});
+Plotly.newPlot(map, traces, layout, {
+  scrollZoom: true, responsive: true, displaylogo: false,
+  modeBarButtonsToRemove: ["select2d", "lasso2d"],
+});
 
 function add(parent, tag, text, kind) {
   const element = parent.appendChild(document.createElement(tag));

@@ -1,0 +1,192 @@
+import io
+import json
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import embedding_page
+import functions
+import pretraining
+
+CLASSES = ("</script><b>cat", "dog & co", "bird")
+
+
+def make_page(folder, count=60, predictions=True, labelled=True, size=8):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=draw)
+    features = torch.randn(count, 5, generator=draw)
+    labels = np.arange(count) % 3
+    coordinates = np.stack((np.arange(count) % 8, np.arange(count) // 8), 1) * 1.0
+    path = folder / "embedding.html"
+    embedding_page.write_page(
+        path,
+        coordinates,
+        images,
+        features,
+        labels if labelled else None,
+        CLASSES if labelled else (),
+        (labels + (np.arange(count) == 7)) % 3 if predictions else None,
+        "Map of <things>",
+    )
+    return path, images, features
+
+
+def test_neighbours_are_the_nearest_by_cosine():
+    features = torch.randn(2500, 6, generator=torch.Generator().manual_seed(1))
+    found = embedding_page.nearest(features)
+    unit = features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True)
+    for i in (0, 999, 1000, 1700, 2499):
+        order = [j for j in np.argsort(-(unit @ unit[i])) if j != i]
+        assert found[i].tolist() == order[:5]
+    assert embedding_page.nearest(features[:3]).shape == (3, 2)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 48)])
+def test_the_tiles_of_the_sprite_are_the_images(channels, size):
+    smooth = torch.rand(10, channels, 3, 3, generator=torch.Generator().manual_seed(0)) * 255
+    images = torch.nn.functional.interpolate(smooth, (size, size), mode="bilinear").byte()
+    content, columns = embedding_page.sprite(images)
+    assert columns == 4
+    side = min(size, 32)
+    sheet = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.int64)
+    assert sheet.shape == (3 * side, 4 * side, 3)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = sheet[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        expected = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR), np.int64)
+        assert abs(tile - expected).mean() < 6
+
+
+def data_of(text):
+    return json.loads(re.search(r"^const data = (.*);$", text, re.MULTILINE)[1])
+
+
+def test_the_page_holds_the_numbers_and_names_as_text(tmp_path):
+    path, _, features = make_page(tmp_path)
+    text = path.read_text()
+    assert text.count("<title>Map of &lt;things&gt;</title>") == 1
+    assert "</script><b>cat" not in text  # or a folder's name would become a tag
+    data = data_of(text)
+    assert data["classes"] == list(CLASSES)
+    assert data["labels"] == [i % 3 for i in range(60)]
+    assert data["points"][9] == [1, 1]
+    assert [a != b for a, b in zip(data["predictions"], data["labels"], strict=True)] == [
+        i == 7 for i in range(60)
+    ]
+    assert data["neighbours"] == embedding_page.nearest(features).tolist()
+    assert "http" not in re.sub(r"<script>/\*.*?</script>", "", text, flags=re.DOTALL)
+
+
+def test_ten_thousand_images_fit_into_fifteen_megabytes(tmp_path):
+    path, _, _ = make_page(tmp_path, 10_000, size=32)  # noise, which compresses worst
+    assert path.stat().st_size < 15e6
+
+
+@pytest.fixture
+def browser():
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no browser: on Debian, apt-get install chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "window-size=1300,800", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--enable-unsafe-swiftshader")  # WebGL without a graphics card
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as started:
+        yield started
+
+
+def point_at(browser, index):
+    """Move the mouse to a point; what the panel says then."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    x, y = browser.execute_script(
+        "const layout = map._fullLayout, [x, y] = data.points[arguments[0]];"
+        "const box = map.getBoundingClientRect();"
+        "return [box.left + layout.xaxis._offset + layout.xaxis.d2p(x),"
+        " box.top + layout.yaxis._offset + layout.yaxis.d2p(y)]",
+        index,
+    )
+    body = browser.find_element("tag name", "body")
+    corner = body.rect["width"] / 2, body.rect["height"] / 2
+    mouse = ActionChains(browser)
+    mouse.move_to_element_with_offset(body, int(x + 15 - corner[0]), int(y - corner[1])).perform()
+    mouse.move_to_element_with_offset(body, int(x - corner[0]), int(y - corner[1])).perform()
+    return panel_text(browser)
+
+
+def panel_text(browser):
+    before, until = None, time.monotonic() + 5
+    while time.monotonic() < until:
+        text = browser.find_element("id", "panel").text
+        if text == before and "neighbours" in text:
+            return text.splitlines()
+        before = text
+        time.sleep(0.2)
+    return [before]
+
+
+def test_in_a_browser(tmp_path, browser):
+    path, _, features = make_page(tmp_path)
+    browser.get(f"file://{path}")
+    for index in (20, 7):
+        found = point_at(browser, index)
+        said = (index % 3 + (index == 7)) % 3
+        near = [CLASSES[j % 3] for j in embedding_page.nearest(features)[index].tolist()]
+        assert found == [
+            CLASSES[index % 3],
+            f"the probe says: {CLASSES[said]}",
+            "nearest neighbours",
+            *near,
+        ]
+        assert bool(browser.find_elements("css selector", "#panel .wrong")) == (index == 7)
+    tile = browser.find_element("css selector", "#panel .tile")
+    assert tile.value_of_css_property("background-position") == "-1120px 0px"
+    # A click on a class in the legend hides it.
+    browser.find_elements("css selector", ".legendtoggle")[1].click()
+    time.sleep(1)
+    shown = browser.execute_script("return map._fullData.map(trace => trace.visible)")
+    assert shown == [True, "legendonly", True]
+    # The wheel zooms.
+    width = "const [a, b] = map._fullLayout.xaxis.range; return Math.abs(b - a)"
+    before = browser.execute_script(width)
+    from selenium.webdriver.common.action_chains import ActionChains, ScrollOrigin
+
+    middle = ScrollOrigin.from_element(browser.find_element("id", "map"))
+    ActionChains(browser).scroll_from_origin(middle, 0, -300).perform()
+    time.sleep(0.5)
+    assert browser.execute_script(width) < before
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_a_page_without_labels_in_a_browser(tmp_path, browser):
+    path, _, _ = make_page(tmp_path, predictions=False, labelled=False)
+    browser.get(f"file://{path}")
+    assert point_at(browser, 12) == ["nearest neighbours"]
+    assert len(browser.find_elements("css selector", "#panel .tile")) == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x05\x06" + bytes(18)])
+def test_damaged_predictions_are_one_line(tmp_path, content):
+    data = functions.load_images("digits")
+    (tmp_path / "predictions.npz").write_bytes(content)
+    points = np.zeros((len(data.test), 2))
+    with pytest.raises(functions.UserError, match="predictions.npz is damaged"):
+        pretraining.write_map(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+
+
+def test_the_map_shows_the_probes_predictions_of_its_own_images(tmp_path):
+    data = functions.load_images("digits")
+    functions.write_arrays(tmp_path / "predictions.npz", predictions=data.test.labels.numpy())
+    points = np.zeros((len(data.test), 2))
+    pretraining.write_map(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+    found = data_of((tmp_path / "embedding.html").read_text())
+    assert found["predictions"] == found["labels"] != sorted(found["labels"])
