@@ -179,7 +179,7 @@ def test_damaged_predictions_are_one_line(tmp_path, content):
     data = functions.load_images("digits")
     (tmp_path / "predictions.npz").write_bytes(content)
     points = np.zeros((len(data.test), 2))
-    with pytest.raises(functions.UserError, match="predictions.npz is damaged"):
+    with pytest.raises(functions.UserError, match=r"predictions\.npz is damaged"):
         pretraining.write_map(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
 
 
