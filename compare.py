@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ def read_run(folder: Path) -> list[Run]:
     require(path.is_file(), f"{folder} has no metrics.csv")
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.readline().strip().split(",")
-    kinds = {name: str if name == "cell" else number for name in head}
+    kinds: dict[str, Callable[[str], Any]] = {
+        name: str if name == "cell" else number for name in head
+    }
     rows = functions.read_csv(path, kinds)
     require({"epoch"} <= set(head) and bool(rows), f"{path} is damaged: it holds no epochs")
     settings = {k: v for k, v in config.items() if k not in FACTS | functions.FREE_ON_RESUME}

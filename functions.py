@@ -278,7 +278,9 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     stops = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
     for number in stops:
         signal.signal(number, stop)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(
+        line_buffering=True
+    )  # a log file shows each line at once
     try:
         call()
     except UserError as error:
@@ -768,7 +770,7 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> ImageData:
         elif not path.exists():
             _fetch(path, FashionMNIST.mirrors[0] + name, url, md5)
         arrays.append(torch.from_numpy(_read_idx(path, shape)))
-        good = len(shape) > 1 or arrays[-1].max() < len(FASHION_MNIST_CLASSES)
+        good = len(shape) > 1 or int(arrays[-1].max()) < len(FASHION_MNIST_CLASSES)
         require(good, f"{path} holds labels that are no classes: delete it and start again")
     return ImageData(
         "fashion-mnist",
@@ -994,7 +996,8 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     # By its name alone an image could be PostScript, which Pillow hands to Ghostscript.
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
+    with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        image: Image.Image = opened
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise OSError(f"{image.width} x {image.height} pixels are too many")
         image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
@@ -1042,13 +1045,13 @@ def _decode(paths: list[Path], folder: Path, data_dir: Path, size: int) -> Tenso
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
             draft = Path(temporary, "images.npy")
-            array = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
+            drafted = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
                 with open(draft, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            _decode_into(array, paths, folder, size)
-            array.flush()
-            Path(temporary, "sum.json").write_text(json.dumps({"crc32": zlib.crc32(array)}))
+            _decode_into(drafted, paths, folder, size)
+            drafted.flush()
+            Path(temporary, "sum.json").write_text(json.dumps({"crc32": zlib.crc32(drafted.data)}))
             os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
             os.replace(draft, cache)
     except OSError as error:
@@ -1072,7 +1075,7 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> Tensor | None:
         # Copy on write: torch wants a writable array, and nothing may reach the file.
         array = np.lib.format.open_memmap(cache, "c")
         checksum = json.loads(cache.with_suffix(".json").read_text())["crc32"]
-        if array.shape == shape and array.dtype == np.uint8 and zlib.crc32(array) == checksum:
+        if array.shape == shape and array.dtype == np.uint8 and zlib.crc32(array.data) == checksum:
             return torch.from_numpy(array)
     except Exception:  # numpy's parser of the header raises nearly anything
         pass
@@ -1471,7 +1474,7 @@ def read_csv(path: Path, columns: dict[str, Callable[[str], Any]]) -> list[dict[
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed `.npz`, atomically."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **typing.cast(Any, arrays))
 
 
 def check_finite(epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -1764,7 +1767,7 @@ class SmallMapConv2d(nn.Conv2d):
         return F.linear(images.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
 
 
-def make_encoder(name: str, stem: str, channels: int, image_size: int) -> nn.Module:
+def make_encoder(name: str, stem: str, channels: int, image_size: int) -> Any:
     """An encoder `(B, C, H, W) -> (B, num_features)` with the attribute `num_features`.
 
     Args:
@@ -1997,7 +2000,7 @@ def train_classifier(
     fabric: Any,
     start: int = 0,
     batch_size: int = 256,
-) -> Iterator[dict[str, float]]:
+) -> Iterator[dict[str, Any]]:
     """Cross-entropy on `inputs[index]` after `prepare`, cosine from the optimizer's first rate.
 
     Args:

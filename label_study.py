@@ -103,7 +103,7 @@ def study_stage(
                 began = time.perf_counter()
                 predictions = study.predict(method, chosen, seed).cpu()
                 truth = data.test.labels.cpu()
-                row = {"labels": count, "seed": seed, "steps": config.label_steps}
+                row: dict[str, Any] = {"labels": count, "seed": seed, "steps": config.label_steps}
                 row |= {"method": method, "accuracy": functions.accuracy(predictions, truth)}
                 row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
                 rows.append({**row, "seconds": time.perf_counter() - began})
@@ -127,7 +127,7 @@ def _study_mean(
         for row in rows
         if (row["method"], row["labels"], row["steps"]) == key and row["seed"] < config.label_seeds
     ]
-    result = {}
+    result: dict[str, float] = {}
     for name in ("accuracy", "macro_f1"):
         values = [row[name] for row in these]
         result |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values, ddof=1))}
@@ -150,7 +150,8 @@ class Study:
         config: PretrainingConfig,
         fabric: Any,
     ):
-        self.encoder, self.data, self.fabric = encoder, data, fabric
+        self.encoder: Any = encoder
+        self.data, self.fabric = data, fabric
         self.config = dataclasses.replace(config, crop_scale_min=STUDY_CROP_SCALE)
         self.mean, self.std = functions.channel_statistics(data.train.images)
         self.train, self.test = (
@@ -184,7 +185,7 @@ class Study:
                     self.config.encoder, self.config.stem, channels, height
                 )
             classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
-        classifier = classifier.to(inputs.device, memory_format=torch.channels_last)
+        classifier = classifier.to(inputs.device).to(memory_format=torch.channels_last)
         decay = 0.0 if method == "supervised" else 0.01
         fused = inputs.device.type != "mps"
         rate = FINETUNE_RATE if method == "finetuned" else 1e-3

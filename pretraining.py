@@ -12,7 +12,7 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -192,8 +192,10 @@ class Pretraining:
         part = torch.arange(config.batch_size)[self.part]
         self.rows = torch.cat((part, part + config.batch_size)).to(fabric.device)  # (2b,)
         self.is_main = fabric.global_rank == 0
-        self.start, self.history = 0, []
+        self.start = 0
+        self.history: list[dict[str, Any]] = []
         self._warm: float | None = None
+        self._z = torch.empty(0, 0)
         if config.resume is not None and (folder / "checkpoint.pt").exists():
             self.start, self.history = functions.restore(
                 folder / "checkpoint.pt", script, model, optimizer
@@ -364,7 +366,7 @@ def run_pretraining(
     config: Any,
     make_model: Callable[[int, int], nn.Module],
     pretrain: Callable[[Any, functions.Split, Any, Path, Any], list[dict[str, float]]],
-    stages: dict[str, Stage],
+    stages: Mapping[str, Stage],
     free: frozenset[str],
 ) -> dict[str, Any]:
     """Load the data, pretrain (or restore a finished run), do the other stages of `config`.
@@ -410,7 +412,8 @@ def run_pretraining(
         fabric.launch()
         folder = Path(fabric.broadcast(str(folder)))
         functions.seed_everything(config.seed)
-        model = make_model(channels, height).to(fabric.device, memory_format=torch.channels_last)
+        model: Any = make_model(channels, height)
+        model = model.to(fabric.device).to(memory_format=torch.channels_last)
         if main_process:
             print(data)
             print(
@@ -509,7 +512,7 @@ def probe_stage(
     summary["per_class_accuracy"] = functions.report_classes(
         result.predictions, data, folder, "", f"Linear probe, {data.name}"
     )
-    inputs = {"encoder": (train, test)}
+    inputs: dict[str, tuple[Tensor, ...]] = {"encoder": (train, test)}
     if config.pixel_baseline:
         inputs["pixels"] = tuple(
             functions.to_float(split.images).flatten(1) for split in (data.train, data.test)

@@ -42,7 +42,7 @@ class Tanh(torch.autograd.Function):
         """Through time, from the last step to the first."""
         states, rounded, weight = ctx.saved_tensors
         before = torch.empty_like(rounded[1:])  # gradients before the tanh, (T, B, H)
-        earlier = 0
+        earlier: Any = 0
         parts = [part.unbind() for part in (gradient, before, states[1:])]
         for arriving, here, state in zip(*map(reversed, parts), strict=True):
             here.copy_(torch.ops.aten.tanh_backward(arriving + earlier, state))
@@ -89,7 +89,7 @@ class Gates(torch.autograd.Function):
         # Gradients before the gates' non-linearities: of the inputs, and of the products.
         inputs = rounded.new_empty(steps, batch, 3 * hidden)
         products = torch.empty_like(inputs)
-        earlier = 0
+        earlier: Any = 0
         parts = [part.unbind() for part in (gradient, inputs, products, states[:-1])]
         parts += [kept[0::3], kept[1::3], kept[2::3]]
         for arriving, d_inputs, d_products, last, gates, candidate, new in zip(

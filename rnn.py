@@ -448,8 +448,10 @@ def finish(
 
 
 # What `best.json` of the tuner decides.
-BEST = ("cell", "hidden_size", "num_layers", "l2", "l3", "learning_rate", "weight_decay")
-BEST += ("batch_size", "augmentation")
+BEST = (
+    *("cell", "hidden_size", "num_layers", "l2", "l3"),
+    *("learning_rate", "weight_decay", "batch_size", "augmentation"),
+)
 
 
 def with_best(config: Config) -> Config:

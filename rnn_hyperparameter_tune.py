@@ -143,7 +143,7 @@ class RowRNNModule(LightningModule):
         """One step, which goes through all validation images."""
         return [0]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """rnn.py's optimizer and scheduler."""
         optimizer = rnn.make_optimizer(self.model, self.config)
         scheduler = rnn.make_scheduler(optimizer, self.config)
@@ -418,8 +418,12 @@ def is_over(config: Config, began: float) -> bool:
 
 def work(config: Config, folder: Path, number: int, errors: Any) -> None:
     """`run_trials` as a process of its own, which lives no longer than its parent."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     try:
         with storage_errors(config.storage or str(folder / "study.db")):
             run_trials(config, folder, number)
@@ -476,10 +480,8 @@ def storage_errors(place: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause, kinds = (
-            error,
-            (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError),
-        )
+        cause: BaseException = error
+        kinds = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
         while not isinstance(cause, kinds):  # Optuna may stumble over it while it handles it
             if cause.__context__ is None:
                 raise
@@ -640,8 +642,8 @@ def draw(study: optuna.Study, folder: Path, complete: int) -> None:
             label = state.lower() if trial is chosen[0][0] else None
             lines.plot(epochs, losses, color=color, marker=".", alpha=0.5, label=label)
         if chosen:
-            numbers, losses = zip(*((t.number, min(cap, loss)) for t, loss in chosen), strict=True)
-            axes.scatter(numbers, losses, s=14, color=color, label=state.lower())
+            dots = zip(*((t.number, min(cap, loss)) for t, loss in chosen), strict=True)
+            axes.scatter(*dots, s=14, color=color, label=state.lower())
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
     best = list(itertools.accumulate((trial.value for trial in done), min))
     axes.step([t.number for t in done], best, where="post", color="#009988", label="best so far")
@@ -661,11 +663,11 @@ def draw(study: optuna.Study, folder: Path, complete: int) -> None:
     for name, plot in wanted.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental, and axes of a single value
-            figure = plot().figure
-        figure.set_size_inches(10, 5)
+            drawn: Any = plot().figure
+        drawn.set_size_inches(10, 5)
         with functions.atomic_file(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-        plt.close(figure)
+            drawn.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+        plt.close(drawn)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class SimCLR(nn.Module):
         image_size: int = 32,
     ):
         super().__init__()
-        self.encoder = functions.make_encoder(encoder, stem, channels, image_size)
+        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size)
         features = self.encoder.num_features
         self.projection_head: nn.Module = {
             "nonlinear": lambda: nn.Sequential(
@@ -243,7 +243,8 @@ def finetune(
     classifier = nn.Sequential(encoder, layer).to(fabric.device)
     optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=fabric.device.type != "mps")
     checkpoint = folder / "finetune_checkpoint.pt"
-    start, history = 0, []
+    start = 0
+    history: list[dict[str, Any]] = []
     if checkpoint.exists():
         start, history = functions.restore(checkpoint, "simclr-finetune", classifier, optimizer)
 

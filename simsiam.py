@@ -82,7 +82,7 @@ class SimSiam(nn.Module):
         image_size: int = 28,
     ):
         super().__init__()
-        self.encoder = functions.make_encoder(encoder, stem, channels, image_size)
+        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size)
         features = self.encoder.num_features
         if head == "original":
             self.projector: nn.Module = nn.Identity()
@@ -333,7 +333,7 @@ def make_optimizer(model: SimSiam, config: Config) -> torch.optim.Optimizer:
 
     A predictor whose rate does not decay adapts to the latest representations (appendix A).
     """
-    predictor = {"params": list(model.predictor.parameters()), "fixed": True}
+    predictor: dict[str, Any] = {"params": list(model.predictor.parameters()), "fixed": True}
     rest = [*model.encoder.parameters(), *model.projector.parameters()]
     rate = config.learning_rate * config.batch_size / 256
     fused = rest[0].device.type != "mps"
