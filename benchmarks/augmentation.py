@@ -9,6 +9,7 @@ normalisation. kornia's row is left out when it is not installed. Medians, all t
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import in_turns, report
@@ -37,12 +38,11 @@ def ours(images: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def torchvision_pil(images: Tensor) -> Callable[[], Tensor]:
-    """What most people run: transforms per PIL image."""
+def pil_transform() -> Callable[[Any], Tensor]:
+    """The original's recipe for one PIL image."""
     from torchvision import transforms as t
 
-    pictures = [t.functional.to_pil_image(image) for image in images]
-    transform = t.Compose(
+    return t.Compose(
         [
             t.RandomResizedCrop(32),
             t.RandomHorizontalFlip(),
@@ -53,6 +53,13 @@ def torchvision_pil(images: Tensor) -> Callable[[], Tensor]:
             t.Normalize(MEAN, STD),
         ]
     )
+
+
+def torchvision_pil(images: Tensor) -> Callable[[], Tensor]:
+    """What most people run: transforms per PIL image."""
+    from torchvision.transforms.functional import to_pil_image
+
+    pictures, transform = [to_pil_image(image) for image in images], pil_transform()
     return lambda: torch.stack([transform(picture) for picture in pictures])
 
 

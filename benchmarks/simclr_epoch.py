@@ -86,21 +86,10 @@ def original(dataset: str | None, stem: str, batch: int, steps: int) -> float:
     import torch
     from PIL import Image
     from torch import nn
-    from torchvision import transforms as t
 
     from simclr import nt_xent_loss
 
-    transform = t.Compose(
-        [
-            t.RandomResizedCrop(32),
-            t.RandomHorizontalFlip(),
-            t.ColorJitter(0.8, 0.8, 0.8, 0.2),
-            t.RandomGrayscale(0.2),
-            t.GaussianBlur(3, (0.1, 2.0)),
-            t.ToTensor(),
-            t.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
-        ]
-    )
+    transform = pil_transform()
     images = load(dataset, (steps + 1) * batch).permute(0, 2, 3, 1).contiguous().numpy()
 
     class Pairs(torch.utils.data.Dataset):
