@@ -28,14 +28,14 @@ part() {
   if [ "$code" = 0 ]; then touch "$out/$name.done"; else echo "$name ended with $code"; fi
 }
 
-# train NAME FLAGS...: simclr.py, from where it stopped
+# train SCRIPT NAME FLAGS...: from where it stopped
 train() {
-  local name=$1
-  shift
-  if [ -e "results/simclr/$name/config.json" ]; then
-    part "$name" "$python" simclr.py --resume "results/simclr/$name"
+  local script=$1 name=$2
+  shift 2
+  if [ -e "results/$script/$name/config.json" ]; then
+    part "$script-$name" "$python" "$script.py" --resume "results/$script/$name"
   else
-    part "$name" "$python" simclr.py --dataset "$dataset" --name "$name" "$@"
+    part "$script-$name" "$python" "$script.py" --name "$name" "$@"
   fi
 }
 
@@ -44,13 +44,13 @@ part tests "$python" -m pytest -q -m "slow or not slow" tests/test_randaugment.p
 part growth "$python" benchmarks/growth.py
 # One GPU and the CPU begin alike: compare the losses of these two (bf16 rounding).
 for device in cpu cuda; do
-  part "same-$device" "$python" simclr.py --dataset digits --encoder small --epochs 5 \
-    --stages pretrain --device $device --precision bfloat16 --name "same-$device"
+  train simclr "gpu-same-$device" --dataset digits --encoder small --epochs 5 \
+    --stages pretrain --device $device --precision bfloat16
 done
-part same "$python" compare.py results/simclr/same-cpu results/simclr/same-cuda --figure "$out/same.png"
+part same "$python" compare.py results/simclr/gpu-same-{cpu,cuda} --figure "$out/same.png"
 # The default recipe: published 85.6 % linear, 83.2 % kNN.
-train gpu-100 --seed 0
-train gpu-100-seed1 --seed 1
-part simsiam "$python" simsiam.py --name gpu
-train gpu-1000 --epochs 1000 --knn-every 50 --keep-every 100
-ls "$out"/*.done | wc -l | xargs echo "done:"
+train simclr gpu-100 --dataset "$dataset"
+train simclr gpu-100-seed1 --dataset "$dataset" --seed 1
+train simsiam gpu
+train simclr gpu-1000 --dataset "$dataset" --epochs 1000 --knn-every 50 --keep-every 100
+echo "done: $(ls "$out"/*.done | wc -l) of 10 parts"

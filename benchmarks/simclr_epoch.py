@@ -84,6 +84,7 @@ def resnet(stem: str) -> Any:
 def original(dataset: str | None, stem: str, batch: int, steps: int) -> float:
     """Seconds per step of the usual loop over PIL images."""
     import torch
+    from augmentation import pil_transform
     from PIL import Image
     from torch import nn
 
