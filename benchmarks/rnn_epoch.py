@@ -106,6 +106,7 @@ def main() -> None:
         dataset=arguments.dataset or "digits",
         epochs=1,
         train_fraction=arguments.share,
+        augmentation="none",  # as the original way
         device="cpu",
     )
     if arguments.dataset:
