@@ -278,9 +278,8 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     stops = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
     for number in stops:
         signal.signal(number, stop)
-    typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(
-        line_buffering=True
-    )  # a log file shows each line at once
+    # A log file shows each line at once.
+    typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
     try:
         call()
     except UserError as error:

@@ -356,8 +356,8 @@ def noticing_ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_trials(config: Config, folder: Path, number: int) -> None:
-    """Run trials in this process until none is left to begin; it is worker `number`."""
+def run_trials(config: Config, folder: Path, number: int, end: float) -> None:
+    """Run trials in this process until none is left to begin, or until the time `end`."""
     import optuna
 
     torch.set_num_threads(max(1, torch.get_num_threads() // config.workers))
@@ -384,7 +384,7 @@ def run_trials(config: Config, folder: Path, number: int) -> None:
 
     before = sum(map(is_finished, study.get_trials(deepcopy=False)))
     with noticing_ctrl_c() as noticed:
-        while trials_to_begin(study, config) and not is_over(config, began):
+        while trials_to_begin(study, config) and time.time() < end:
             objective = objective or Objective(config)
             try:
                 study.optimize(
@@ -411,12 +411,7 @@ def trials_to_begin(study: optuna.Study, config: Config) -> bool:
     return done < config.trials and (waiting > 0 or done + running < config.trials)
 
 
-def is_over(config: Config, began: float) -> bool:
-    """Whether `--timeout` has passed."""
-    return config.timeout is not None and time.perf_counter() - began > 60 * config.timeout
-
-
-def work(config: Config, folder: Path, number: int, errors: Any) -> None:
+def work(config: Config, folder: Path, number: int, end: float, errors: Any) -> None:
     """`run_trials` as a process of its own, which lives no longer than its parent."""
 
     def follow() -> None:
@@ -426,7 +421,7 @@ def work(config: Config, folder: Path, number: int, errors: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
     try:
         with storage_errors(config.storage or str(folder / "study.db")):
-            run_trials(config, folder, number)
+            run_trials(config, folder, number, end)
     except UserError as error:
         errors.put(str(error))
 
@@ -447,18 +442,18 @@ def main(config: Config) -> dict[str, Any]:
         study = open_study(config, folder)
         if config.storage is None:  # nobody else works on this file
             forget(study)
-        began = time.perf_counter()
+        end = time.time() + 60 * (config.timeout or math.inf)  # for replaced workers, too
         try:
             while sum(map(is_finished, study.trials)) < config.trials:
-                if is_over(config, began):
+                if time.time() > end:
                     break
                 if not trials_to_begin(study, config):  # other machines run the rest
                     time.sleep(1)
                     optuna.storages.fail_stale_trials(study)
                 elif config.workers == 1:
-                    run_trials(config, folder, 0)
+                    run_trials(config, folder, 0, end)
                 else:
-                    run_workers(config, folder, study)
+                    run_workers(config, folder, study, end)
         except KeyboardInterrupt:
             write_results(study, config, folder)
             raise
@@ -506,7 +501,7 @@ def forget(study: optuna.Study, processes: Sequence[str] | None = None) -> None:
             retry(study, trial)
 
 
-def run_workers(config: Config, folder: Path, study: optuna.Study) -> None:
+def run_workers(config: Config, folder: Path, study: optuna.Study, end: float) -> None:
     """Run trials in `config.workers` processes; one that is killed is replaced.
 
     Raises:
@@ -519,7 +514,7 @@ def run_workers(config: Config, folder: Path, study: optuna.Study) -> None:
     killed, done = 0, -1
 
     def start() -> None:
-        worker = context.Process(target=work, args=(config, folder, next(numbers), errors))
+        worker = context.Process(target=work, args=(config, folder, next(numbers), end, errors))
         # Ctrl-C in a terminal reaches all processes; this one answers for its workers.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
@@ -539,7 +534,7 @@ def run_workers(config: Config, folder: Path, study: optuna.Study) -> None:
                 if not errors.empty():
                     raise UserError(errors.get())
                 require(worker.exitcode <= 0, "a worker failed; its error is above")
-                if worker.exitcode < 0 and trials_to_begin(study, config):
+                if worker.exitcode < 0 and time.time() < end and trials_to_begin(study, config):
                     now = sum(map(is_finished, study.trials))
                     killed, done = (killed + 1 if now == done else 1), now
                     require(
