@@ -63,6 +63,7 @@ def process_name(number: int) -> str:
 
 
 PROCESS = process_name(os.getpid())
+GRACE = 120  # seconds after which a machine without a heartbeat counts as dead
 # What a study is about: on resume it must be the same.
 SAME = ("cell", "dataset", "max_epochs", "train_fraction", "augmentation", "seed")
 
@@ -326,7 +327,7 @@ def open_storage(url: str, shared: bool) -> optuna.storages.RDBStorage:
 
     options: dict[str, Any] = {}
     if shared:
-        options = {"heartbeat_interval": 30, "grace_period": 120}
+        options = {"heartbeat_interval": 30, "grace_period": GRACE}
         options["heartbeat_stale_trial_callback"] = retry
     if url.startswith(("postgresql", "mysql")):  # else a dead host hangs for minutes
         options["engine_kwargs"] = {"connect_args": {"connect_timeout": 10}}
@@ -443,13 +444,14 @@ def main(config: Config) -> dict[str, Any]:
         if config.storage is None:  # nobody else works on this file
             forget(study)
         end = time.time() + 60 * (config.timeout or math.inf)  # for replaced workers, too
+        nameless: dict[int, float] = {}
         try:
             while sum(map(is_finished, study.trials)) < config.trials:
                 if time.time() > end:
                     break
                 if not trials_to_begin(study, config):  # other machines run the rest
                     time.sleep(1)
-                    optuna.storages.fail_stale_trials(study)
+                    end_silent(study, nameless)
                 elif config.workers == 1:
                     run_trials(config, folder, 0, end)
                 else:
@@ -499,6 +501,21 @@ def forget(study: optuna.Study, processes: Sequence[str] | None = None) -> None:
         lost = trial.state.name in ("RUNNING", "FAIL") and not is_finished(trial)
         if lost and trial.params and trial.number not in retried:
             retry(study, trial)
+
+
+def end_silent(study: optuna.Study, nameless: dict[int, float]) -> None:
+    """End the trials of machines that have been silent for `GRACE` seconds.
+
+    Optuna knows them by their heartbeat. A machine that died before the first one has not said its
+    name either: `nameless` keeps since when such a trial has been seen, by number.
+    """
+    import optuna
+
+    optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        since = nameless.setdefault(trial.number, time.monotonic())
+        if "process" not in trial.user_attrs and time.monotonic() - since > GRACE:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def run_workers(config: Config, folder: Path, study: optuna.Study, end: float) -> None:

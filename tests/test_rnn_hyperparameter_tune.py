@@ -255,6 +255,18 @@ def test_ctrl_c_leaves_no_trial_running_and_the_sweep_goes_on(tmp_path):
     assert "RUNNING" not in states(tmp_path)
 
 
+def test_a_machine_that_died_before_its_first_heartbeat_is_not_waited_for(
+    tmp_path, tiny, monkeypatch
+):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    config = small_config(tmp_path, storage=url, trials=2)
+    study = tune.open_study(config, tmp_path)
+    study._storage.create_new_trial(study._study_id)  # and no more: no heartbeat, no process
+    monkeypatch.setattr(tune, "GRACE", 2)
+    tune.main(config)
+    assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
 def test_a_ctrl_c_that_gets_lost_stops_the_sweep_after_the_trial(tmp_path, tiny, monkeypatch):
     fit, calls = tune.Trainer.fit, []
 
