@@ -433,8 +433,6 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
         UserError: the data or the storage cannot be used, or every trial failed.
     """
-    import optuna
-
     free = frozenset({"trials", "timeout", "workers", "pruner"})
     with (
         functions.open_run("rnn_hyperparameter_tune", config, free) as folder,
