@@ -533,7 +533,8 @@ def make_fabric(device: str, precision: str, devices: int = 1, nodes: int = 1) -
     """Lightning Fabric in the precision of `pick_precision`, with DDP for several processes.
 
     Raises:
-        UserError: fewer devices than asked for, or a PyTorch without collectives.
+        UserError: fewer devices than asked for, a PyTorch without collectives, or a SLURM job of
+            another shape.
     """
     import logging
 
@@ -542,7 +543,9 @@ def make_fabric(device: str, precision: str, devices: int = 1, nodes: int = 1) -
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     chosen, strategy = pick_device(device), "auto"
     if devices * nodes > 1:
-        there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(chosen, devices)
+        there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[chosen]
+        if chosen == "cpu" and "TORCHELASTIC_RUN_ID" in os.environ:
+            there = devices  # torchrun's processes may share cores
         require(devices <= there, f"--devices {devices}: this machine has {there} of {chosen}")
         backend = "nccl" if chosen == "cuda" else "gloo"
         require(
@@ -552,13 +555,18 @@ def make_fabric(device: str, precision: str, devices: int = 1, nodes: int = 1) -
         strategy = "ddp"
         # Lightning's own business, said once per process
         warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprec")
-    return Fabric(
-        accelerator=chosen,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=pick_precision(device, precision),
-    )
+    try:
+        return Fabric(
+            accelerator=chosen,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+            precision=pick_precision(device, precision),
+        )
+    except (RuntimeError, ValueError) as error:
+        if "SLURM" not in str(error):
+            raise
+        raise UserError(f"this SLURM job cannot be used: {error}".replace("\n", " ")) from error
 
 
 @contextlib.contextmanager

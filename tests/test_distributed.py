@@ -244,8 +244,18 @@ def test_more_devices_than_there_are(user_error, monkeypatch):
     with user_error("--devices 2", "has 1 of mps"):
         functions.make_fabric("mps", "float32", 2)
     monkeypatch.undo()
+    with user_error("--devices 100000", "of cpu"):
+        functions.make_fabric("cpu", "float32", 100_000)
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda backend: False)
     with user_error("--devices 2", "gloo"):
+        functions.make_fabric("cpu", "float32", 2)
+
+
+def test_a_slurm_job_that_lightning_refuses_is_one_line(user_error, monkeypatch):
+    for name, value in {"NTASKS": "2", "NNODES": "1", "PROCID": "0", "JOB_NAME": "x"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    with user_error("SLURM", "--ntasks-per-node=2"):
         functions.make_fabric("cpu", "float32", 2)
 
 
