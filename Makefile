@@ -7,6 +7,7 @@ help:
 	@echo "make test    lint and tests"
 	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
 	@echo "make bench   speed and memory beside the alternatives: half an hour; DATASET=path for CIFAR-10"
+	@echo "make reproduce-NAME  run what docs/results/NAME comes from; DATASET=cifar10 for another source"
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
@@ -48,6 +49,10 @@ bench: .venv/installed-dev
 	$$run/simclr_epoch.py $$data; $$run/simclr_epoch.py --stem cifar --batch-size 256 $$data; \
 	$$run/simsiam_epoch.py; $$run/probe.py; $$run/tsne.py; $$run/nt_xent_memory.py; \
 	$$run/startup.py $$data; $$run/growth.py
+
+# make reproduce-simclr-digits; DATASET=cifar10 where the result names a folder of JPEG files
+reproduce-%: .venv/installed
+	$(BIN)/python docs/results/reproduce.py $* $(if $(DATASET),--dataset $(DATASET))
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

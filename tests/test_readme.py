@@ -1,11 +1,16 @@
 """What the README says can be typed, and what it shows is there."""
 
+import dataclasses
 import importlib
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import reproduce
 
 import functions
 
@@ -45,6 +50,39 @@ def test_every_command_is_understood(script, flags):
     functions.parse_config(module.Config, flags, "")
 
 
+RESULTS = sorted(ROOT.glob("docs/results/*/config*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[f"{p.parent.name}/{p.stem}" for p in RESULTS])
+def test_a_result_is_run_again_with_its_settings(path):
+    committed = json.loads(path.read_text())
+    first, *later = reproduce.commands(committed, "again")
+    config_class = importlib.import_module(committed["script"]).Config
+    config = functions.parse_config(config_class, first[1:], "")
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    both = ours.keys() & committed.keys() - set(reproduce.LEFT_OUT)
+    assert {key: ours[key] for key in both} == {key: committed[key] for key in both}
+    assert len(both) > 10
+    for words in later:
+        assert words[words.index("--resume") + 1] == f"results/{committed['script']}/again"
+
+
+def test_a_result_is_reproduced(tmp_path):
+    command = [sys.executable, str(ROOT / "docs/results/reproduce.py"), "simclr-digits"]
+    done = subprocess.run(
+        [*command, "--epochs", "1", "--stages", "pretrain"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "simclr" / "reproduced-simclr-digits"
+    assert json.loads((folder / "config.json").read_text())["crop_scale_min"] == 0.35
+    done = subprocess.run([*command[:2], "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "simclr-digits" in done.stderr
+
+
 def test_what_the_readme_points_to_is_there():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", TEXT)
     targets += re.findall(r"`((?:[a-z_/-]+/)?[a-z_]+\.py|docs/[a-z/_.-]+)`", TEXT)
@@ -52,6 +90,7 @@ def test_what_the_readme_points_to_is_there():
     assert missing == []
     assert len(targets) > 20
     for name in re.findall(r"\bmake ([a-z-]+)", TEXT):
+        name = re.sub("^reproduce-.*", "reproduce-%", name)
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE), name
 
 

@@ -1,0 +1,69 @@
+"""Run a committed result again, with the settings of its config.json.
+
+python docs/results/reproduce.py simclr-digits
+python docs/results/reproduce.py rnn-best-lstm --dataset cifar10    # with other flags at the end
+"""
+
+import dataclasses
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent.parent
+sys.path.insert(0, str(ROOT))
+# Not settings of the result: where it lies, and a file that the other settings were read from.
+LEFT_OUT = ("name", "output_dir", "data_dir", "resume", "config")
+
+
+def flags(settings: dict, config_class: type) -> list[str]:
+    """The flags that give these settings, where they are not the default."""
+    made = []
+    for field in dataclasses.fields(config_class):
+        value = settings.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if value == field.default or field.name in LEFT_OUT:
+            continue
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            made.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            made += [name, *map(str, value if isinstance(value, tuple) else [value])]
+    return made
+
+
+def commands(committed: dict, name: str) -> list[list[str]]:
+    """Words after `python`: the run called `name`, and its last evaluation with --resume, if any."""
+    script = committed["script"]
+    config_class = importlib.import_module(script).Config
+    made = [[f"{script}.py", *flags(committed, config_class), "--name", name]]
+    for resumed in committed.get("resumed", [])[-1:]:
+        words = shlex.split(resumed["command"])
+        words[words.index("--resume") + 1] = f"results/{script}/{name}"
+        made.append(words)
+    return made
+
+
+def main() -> None:
+    """Do all runs of the result that the first argument names."""
+    known = sorted({path.parent.name for path in RESULTS.glob("*/config*.json")})
+    if len(sys.argv) < 2 or sys.argv[1] not in known:
+        print(f"error: name one of {', '.join(known)}", file=sys.stderr)
+        raise SystemExit(2)
+    source, more = RESULTS / sys.argv[1], sys.argv[2:]
+    for path in sorted(source.glob("config*.json")):
+        name = f"reproduced-{source.name}{path.stem.removeprefix('config')}"
+        for words in commands(json.loads(path.read_text()), name):
+            print("python", shlex.join(words + more), flush=True)
+            script = ROOT / words[0]
+            done = subprocess.run([sys.executable, str(script), *words[1:], *more])
+            if done.returncode:
+                raise SystemExit(done.returncode)
+    print(f"the committed numbers are in docs/results/{source.name}")
+
+
+if __name__ == "__main__":
+    main()
