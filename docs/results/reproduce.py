@@ -36,7 +36,7 @@ def flags(settings: dict, config_class: type) -> list[str]:
 
 
 def commands(committed: dict, name: str) -> list[list[str]]:
-    """Words after `python`: the run called `name`, and its last evaluation with --resume, if any."""
+    """Words after `python`: the run called `name`, and its last evaluation with --resume."""
     script = committed["script"]
     config_class = importlib.import_module(script).Config
     made = [[f"{script}.py", *flags(committed, config_class), "--name", name]]
