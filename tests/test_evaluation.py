@@ -465,13 +465,18 @@ def test_resnet18_is_torchvisions(stem, parameters):
     assert functions.count_parameters(encoder) == parameters - encoder.conv1.weight.numel()
 
 
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (2, 2), (2, 1), (5, 2)])
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [(1, 1), (1, 2), (2, 2), (2, 1), (3, 2), (4, 2), (3, 1), (5, 2), (7, 2), (4, 1)],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_convolution_on_a_small_map_is_torchs(size, stride, layout):
-    reference = nn.Conv2d(4, 6, 3, stride, padding=1, dtype=torch.float64).to(memory_format=layout)
+    channels = 512 if (size, stride) == (4, 1) else 4
+    reference = nn.Conv2d(channels, 6, 3, stride, padding=1, dtype=torch.float64)
+    reference = reference.to(memory_format=layout)
     ours = copy.deepcopy(reference)
     ours.__class__ = functions.SmallMapConv2d
-    images = normal(7, 4, size, size).double().to(memory_format=layout)
+    images = normal(7, channels, size, size).double().to(memory_format=layout)
     inputs = [images.clone().requires_grad_() for _ in range(2)]
     outputs = [module(x) for module, x in zip((ours, reference), inputs, strict=True)]
     for output in outputs:
