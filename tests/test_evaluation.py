@@ -470,9 +470,10 @@ def test_resnet18_is_torchvisions(stem, parameters):
     [(1, 1), (1, 2), (2, 2), (2, 1), (3, 2), (4, 2), (3, 1), (5, 2), (7, 2), (4, 1)],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_convolution_on_a_small_map_is_torchs(size, stride, layout):
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_on_a_small_map_is_torchs(size, stride, layout, kernel):
     channels = 512 if (size, stride) == (4, 1) else 4
-    reference = nn.Conv2d(channels, 6, 3, stride, padding=1, dtype=torch.float64)
+    reference = nn.Conv2d(channels, 6, kernel, stride, kernel // 2, dtype=torch.float64)
     reference = reference.to(memory_format=layout)
     ours = copy.deepcopy(reference)
     ours.__class__ = functions.SmallMapConv2d
