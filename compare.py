@@ -10,6 +10,8 @@ standard deviation). The cells of rnn.py are rows of their own.
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401
+
 import argparse
 import statistics
 import sys

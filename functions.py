@@ -276,9 +276,25 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     def stop(signal_number: int, frame: Any) -> typing.NoReturn:
         raise SystemExit(128 + signal_number)
 
+    def lost(unraisable: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
+        # A signal came during a library's callback, where exceptions get lost: a moment later.
+        if isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+            missed.append(unraisable.exc_value)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            before(unraisable)
+
+    def again(signal_number: int, frame: Any) -> typing.NoReturn:
+        raise missed[-1]
+
+    missed: list[BaseException] = []
     stops = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
     for number in stops:
         signal.signal(number, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # after interrupt.py
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.signal(signal.SIGALRM, again)
+        sys.unraisablehook = lost
     # A log file shows each line at once.
     typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
     try:
@@ -393,8 +409,6 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         folder = Path(config.resume)
         saved = load_config(type(config), folder)
         lock = _lock(folder)
-        for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
-            left_behind.unlink(missing_ok=True)
         record = read_json(folder / "config.json")
         require(
             record.get("script") == script,
@@ -416,6 +430,8 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         before = record.get("resumed", [])
         require(isinstance(before, list), f"{folder}/config.json is damaged: resumed is no list")
         record["resumed"] = [*before, session]
+    for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
+        left_behind.unlink(missing_ok=True)
     write_json(folder / "config.json", record)
     try:
         yield folder
@@ -453,8 +469,8 @@ def _new_folder(parent: Path, config: Any) -> Path:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder
-            if config.name and not any(folder.iterdir()):  # of a run killed in its first moment
-                return folder
+            if config.name and all(path.match(".*.tmp") for path in folder.iterdir()):
+                return folder  # of a run that was killed before its config.json was there
     except OSError as error:
         raise UserError(f"cannot write {parent}: {error.strerror}") from error
     raise UserError(
@@ -1431,6 +1447,9 @@ def update_summary(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         good = _is_number(value) or (
             isinstance(value, dict) and bool(_SUMMARY_TABLES.fullmatch(key))
         )
+        if good and key.startswith("few_label_accuracy_"):
+            parts = ("labels_per_class", "mean", "sd", "draws")
+            good = isinstance(value, dict) and all(_is_number(value.get(part)) for part in parts)
         require(good, f"{path} is damaged: {key} is {str(value)[:60]!r}")
     summary["seconds"] = sum(v for k, v in summary.items() if k.endswith("_seconds"))
     write_json(path, summary)
@@ -1442,7 +1461,7 @@ _SUMMARY_TABLES = re.compile(r".*per_class_accuracy|few_label_accuracy_.*|label_
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300  # whole numbers have no end
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.tensor([int(image) for _, _, image in sorted(turns)[:count]])
 
 
+def with_checksum(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a checksum: an interrupted study goes on from its table, and must trust it."""
+    content = [value for name, value in row.items() if name != "seconds"]
+    return {**row, "crc32": f"{zlib.crc32(repr(content).encode()):08x}"}
+
+
 def study_stage(
     model: Any,
     data: functions.ImageData,
@@ -83,8 +90,12 @@ def study_stage(
             "accuracy": functions.finite,
             "macro_f1": functions.finite,
             "seconds": functions.finite,
+            "crc32": str,
         },
     )
+    for number, row in enumerate(rows, 1):
+        good = row == with_checksum({name: row[name] for name in row if name != "crc32"})
+        require(good, f"{path} is damaged: row {number} was changed; delete it to begin anew")
     done = {tuple(row[name] for name in (*whole, "method")) for row in rows}
     counts = config.label_counts(len(data.train))
     few = f"there are only {len(data.train):,} training images"
@@ -106,7 +117,7 @@ def study_stage(
                 row: dict[str, Any] = {"labels": count, "seed": seed, "steps": config.label_steps}
                 row |= {"method": method, "accuracy": functions.accuracy(predictions, truth)}
                 row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
-                rows.append({**row, "seconds": time.perf_counter() - began})
+                rows.append(with_checksum({**row, "seconds": time.perf_counter() - began}))
                 functions.write_csv(path, rows)
         print(_study_line(rows, count, config))
     table = {

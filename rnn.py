@@ -11,6 +11,8 @@ follows the validation loss; the test images are looked at once, after the last 
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401
+
 import dataclasses
 import math
 import time

@@ -12,6 +12,8 @@ stopped sweep goes on with the trials that are left.
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401
+
 import contextlib
 import dataclasses
 import itertools
@@ -346,11 +348,11 @@ def noticing_ctrl_c() -> Iterator[list[int]]:
     """Ctrl-C as usual, and a list that it fills: an exception raised in a callback may get lost."""
     noticed: list[int] = []
 
-    def interrupt(number: int, frame: Any) -> typing.NoReturn:
+    def notice(number: int, frame: Any) -> typing.NoReturn:
         noticed.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGINT, notice)
     try:
         yield noticed
     finally:

@@ -12,6 +12,8 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401
+
 import copy
 import math
 from dataclasses import dataclass

@@ -14,6 +14,8 @@ crop` is the paper's CIFAR-10 model.
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401
+
 import functools
 import math
 from dataclasses import dataclass

@@ -911,6 +911,32 @@ def test_exit_codes_and_the_command_to_go_on(
     assert command[-2:] == ["--resume", str(tmp_path / "simclr" / "run")]
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="not on this system")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_a_callback_that_swallows_it_is_not_lost(number, code):
+    # Numba's ctypes callbacks and destructors print what they raise, and go on.
+    program = f"""
+import functions, os, time
+
+class Callback:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.01)
+
+def work():
+    Callback()
+    print("it went on")
+    time.sleep(20)
+
+functions.exit_cleanly(work)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "it went on\n"
+    assert done.returncode == code
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("stopped by ")
+
+
 def test_bad_flag_exits_with_2_before_anything_is_done(monkeypatch, capsys, signals):
     monkeypatch.setattr(sys, "argv", ["simclr.py", "--epochs", "many"])
     with pytest.raises(SystemExit) as left:
