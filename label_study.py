@@ -93,8 +93,8 @@ def study_stage(
             "crc32": str,
         },
     )
-    for number, row in enumerate(rows, 1):
-        good = row == with_checksum({name: row[name] for name in row if name != "crc32"})
+    for number, old in enumerate(rows, 1):
+        good = old == with_checksum({name: old[name] for name in old if name != "crc32"})
         require(good, f"{path} is damaged: row {number} was changed; delete it to begin anew")
     done = {tuple(row[name] for name in (*whole, "method")) for row in rows}
     counts = config.label_counts(len(data.train))

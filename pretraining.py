@@ -53,6 +53,9 @@ class PretrainingConfig(functions.TrainingConfig):
         0, "training", "epochs between checkpoints that are kept in checkpoints/; 0 for none"
     )
 
+    view_size: int | None = setting(
+        None, "views", "side of the views in pixels, to save time; without it that of the images"
+    )
     crop_scale_min: float = setting(0.2, "views", "smallest area of a crop, as a share")
     flip_probability: float = setting(0.5, "views", "probability of a horizontal flip")
     jitter: tuple[float, float, float, float] = setting(
@@ -77,6 +80,10 @@ class PretrainingConfig(functions.TrainingConfig):
         require(
             self.devices >= 1 and self.batch_size % self.devices == 0,
             f"--batch-size {self.batch_size} does not divide among --devices {self.devices}",
+        )
+        require(
+            self.view_size is None or (self.view_size >= 1 and self.encoder != "small"),
+            "--view-size must be at least 1 pixel, and needs a ResNet, which takes any size",
         )
         unknown = set(self.stage_names) - set(self.STAGES)
         require(not unknown, f"--stages knows {','.join(self.STAGES)}, not {self.stages!r}")
@@ -128,14 +135,14 @@ def crop_views(
         images: `(B, C, H, W)`, uint8 or float in [0, 1].
         config: probabilities and strengths.
         generator: on the images' device.
-        crop_only: leave out what changes colours.
+        crop_only: leave out what changes colours, and keep the images' size.
 
     Returns:
-        `(B, C, H, W)` in [0, 1].
+        `(B, C, H, W)` in [0, 1]; H and W are `config.view_size` where it is given.
     """
-    scale = (config.crop_scale_min, 1.0)
+    size, scale = None if crop_only else config.view_size, (config.crop_scale_min, 1.0)
     views = functions.random_resized_crop(
-        functions.to_float(images), scale=scale, generator=generator
+        functions.to_float(images), size, scale, generator=generator
     )
     views = functions.random_horizontal_flip(views, config.flip_probability, generator)
     if crop_only:

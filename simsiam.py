@@ -69,6 +69,10 @@ class Config(pretraining.PretrainingConfig):
         require(self.projector_layers in (2, 3), "--projector-layers must be 2 or 3")
         require(self.num_ops >= 1, f"--num-ops must be at least 1, not {self.num_ops}")
         require(0 <= self.magnitude <= 30, f"--magnitude must be in [0, 30], not {self.magnitude}")
+        require(
+            self.view_size is None or self.augmentation == "crop",
+            "--view-size needs --augmentation crop",
+        )
 
 
 class SimSiam(nn.Module):

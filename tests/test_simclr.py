@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
 import functions
 import pretraining
 import simclr
+import simsiam
 
 REPOSITORY = Path(simclr.__file__).resolve().parent
 CIFAR10_IMAGES = REPOSITORY / "data" / "cifar10-images"
@@ -364,6 +366,32 @@ def test_views_with_everything_off_are_the_images():
     )
     kept = (whole[:, 2] == 8) & (whole[:, 3] == 8)  # a box of another ratio may still be drawn
     assert torch.allclose(views[kept], images[kept] / 255, atol=1e-6)
+
+
+def test_smaller_views_are_the_crop_at_that_size():
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    off = {f"{name}_probability": 0.0 for name in ("flip", "jitter", "grayscale", "blur")}
+    config = simclr.Config(encoder="resnet18", view_size=8, crop_scale_min=1.0, **off)
+    views = pretraining.crop_views(images, config, torch.Generator().manual_seed(0))
+    boxes = functions.draw_crop_boxes(
+        images, (1.0, 1.0), generator=torch.Generator().manual_seed(0)
+    )
+    assert views.shape == (6, 3, 8, 8)
+    kept = (boxes[:, 2] == 16) & (boxes[:, 3] == 16)
+    assert kept.any()
+    # Bilinear at half the size is the mean of four pixels.
+    assert torch.allclose(views[kept], F.avg_pool2d(images[kept] / 255, 2), atol=1e-6)
+    same = pretraining.crop_views(images, config, torch.Generator().manual_seed(0), crop_only=True)
+    assert same.shape == images.shape
+
+
+def test_views_of_another_size_need_an_encoder_and_views_that_have_one(user_error):
+    with user_error("--view-size", "ResNet"):
+        simclr.Config(encoder="small", view_size=8)
+    with user_error("--view-size", "at least 1"):
+        simclr.Config(view_size=0)
+    with user_error("--view-size", "--augmentation crop"):
+        simsiam.Config(encoder="resnet18", view_size=8)
 
 
 @pytest.mark.parametrize(
