@@ -97,6 +97,7 @@ def study_stage(
         good = old == with_checksum({name: old[name] for name in old if name != "crc32"})
         require(good, f"{path} is damaged: row {number} was changed; delete it to begin anew")
     done = {tuple(row[name] for name in (*whole, "method")) for row in rows}
+    require(len(done) == len(rows), f"{path} is damaged: it has a row twice; delete it")
     counts = config.label_counts(len(data.train))
     few = f"there are only {len(data.train):,} training images"
     require(bool(counts), f"--labels {config.labels}: {few}")
