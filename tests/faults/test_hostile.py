@@ -326,9 +326,12 @@ def load_labels(folder):
     rows = study_rows(folder)
     keys = [(row["labels"], row["seed"], row["steps"], row["method"]) for row in rows]
     missing = [key for key in keys if key in Trainer.asked]
-    columns = ("labels", "seed", "steps", "method", "accuracy", "macro_f1")
+    numbers = ("accuracy", "macro_f1")  # 0.70 is 0.7
     return {
-        "rows": [[row[name] for name in columns] for row in rows],
+        "rows": [
+            [*key, *(float(row[name]) for name in numbers)]
+            for key, row in zip(keys, rows, strict=True)
+        ],
         "kept in order": keys[len(keys) - len(missing) :] == missing,
     }
 
