@@ -1813,7 +1813,7 @@ class SmallMapConv2d(nn.Conv2d):
         return torch.stack(pixels, 1).unflatten(1, (out_h, out_w)).permute(0, 3, 1, 2)
 
 
-def make_encoder(name: str, stem: str, channels: int, image_size: int) -> Any:
+def make_encoder(name: str, stem: str, channels: int, image_size: int, width: int = 64) -> Any:
     """An encoder `(B, C, H, W) -> (B, num_features)` with the attribute `num_features`.
 
     Args:
@@ -1822,19 +1822,33 @@ def make_encoder(name: str, stem: str, channels: int, image_size: int) -> Any:
         image_size: height and width of the images; `small` needs it.
         stem: for the ResNets `cifar` (3x3 convolution, stride 1, no max-pool; SimCLR B.9) or
             `imagenet` (7x7, stride 2, max-pool). `small` has none.
+        width: channels of a ResNet's first stage, of which the later ones have 2, 4 and 8 times as
+            many.
     """
     if name == "small":
         return SmallEncoder(channels, image_size)
-    import torchvision
+    from torchvision.models import resnet
 
-    encoder = getattr(torchvision.models, name)(weights=None)
-    encoder.num_features = encoder.fc.in_features
+    class ResNet(resnet.ResNet):
+        def _make_layer(self, block: Any, planes: int, *others: Any, **named: Any) -> nn.Sequential:
+            if planes == 64:  # the first stage
+                self.inplanes = width
+            return super()._make_layer(block, planes * width // 64, *others, **named)
+
+    block, layers = {
+        "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+        "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+        "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    }[name]
+    encoder: Any = ResNet(block, layers)
+    encoder.num_features = encoder.inplanes
     encoder.fc = nn.Identity()
+    encoder.bn1 = nn.BatchNorm2d(width)
     if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        encoder.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         encoder.maxpool = nn.Identity()
-    elif channels != 3:
-        encoder.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    elif (channels, width) != (3, 64):
+        encoder.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     for module in encoder.modules():
         kinds = (((3, 3), (1, 1)), ((1, 1), (0, 0)))

@@ -193,8 +193,9 @@ class Study:
             if method == "finetuned":
                 encoder = copy.deepcopy(self.encoder)
             else:
+                config = self.config
                 encoder = functions.make_encoder(
-                    self.config.encoder, self.config.stem, channels, height
+                    config.encoder, config.stem, channels, height, config.width
                 )
             classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
         classifier = classifier.to(inputs.device).to(memory_format=torch.channels_last)

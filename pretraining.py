@@ -41,6 +41,7 @@ class PretrainingConfig(functions.TrainingConfig):
     stem: Literal["cifar", "imagenet"] = setting(
         "cifar", "model", "first layer of a ResNet: 3x3 for small images, or the original 7x7"
     )
+    width: int = setting(64, "model", "channels of a ResNet's first stage; fewer are cheaper")
 
     schedule: Literal["cosine", "constant"] = setting(
         "cosine", "training", "learning rate after the warm-up"
@@ -85,6 +86,8 @@ class PretrainingConfig(functions.TrainingConfig):
             self.view_size is None or (self.view_size >= 1 and self.encoder != "small"),
             "--view-size must be at least 1 pixel, and needs a ResNet, which takes any size",
         )
+        good = 8 <= self.width <= 1024 and self.width % 8 == 0
+        require(good, f"--width must be a multiple of 8 up to 1,024, not {self.width}")
         unknown = set(self.stage_names) - set(self.STAGES)
         require(not unknown, f"--stages knows {','.join(self.STAGES)}, not {self.stages!r}")
         require(0 < self.crop_scale_min <= 1, "--crop-scale-min must be above 0, at most 1")
@@ -436,7 +439,7 @@ def run_pretraining(
             if not main_process:
                 return {}
             mean, std = functions.channel_statistics(data.train.images)
-            facts = {"encoder": config.encoder, "stem": config.stem}
+            facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
             facts |= {"mean": mean.tolist(), "std": std.tolist()}
             # One entry: safetensors writes several in random order.
             functions.save_weights(

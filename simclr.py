@@ -91,9 +91,10 @@ class SimCLR(nn.Module):
         projection_size: int = 128,
         channels: int = 3,
         image_size: int = 32,
+        width: int = 64,
     ):
         super().__init__()
-        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size)
+        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size, width)
         features = self.encoder.num_features
         self.projection_head: nn.Module = {
             "nonlinear": lambda: nn.Sequential(
@@ -294,7 +295,7 @@ def main(config: Config) -> dict[str, Any]:
 
     def make_model(channels: int, image_size: int) -> SimCLR:
         head = (config.projection, config.projection_hidden, config.projection_size)
-        return SimCLR(config.encoder, config.stem, *head, channels, image_size)
+        return SimCLR(config.encoder, config.stem, *head, channels, image_size, config.width)
 
     stages = {
         "probe": pretraining.probe_stage,

@@ -86,9 +86,10 @@ class SimSiam(nn.Module):
         projector_layers: int = 2,
         channels: int = 1,
         image_size: int = 28,
+        width: int = 64,
     ):
         super().__init__()
-        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size)
+        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size, width)
         features = self.encoder.num_features
         if head == "original":
             self.projector: nn.Module = nn.Identity()
@@ -97,8 +98,8 @@ class SimSiam(nn.Module):
             size, hidden = 2048, 512
             layers: list[nn.Module] = []
             for layer in range(projector_layers):
-                width = size if layer else features
-                layers += [nn.Linear(width, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]
+                inputs = size if layer else features
+                layers += [nn.Linear(inputs, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]
             self.projector = nn.Sequential(*layers[:-1])
         self.predictor = nn.Sequential(
             nn.Linear(size, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, size)
@@ -415,7 +416,7 @@ def main(config: Config) -> dict[str, Any]:
 
     def make_model(channels: int, image_size: int) -> SimSiam:
         head = (config.head, config.projector_layers)
-        return SimSiam(config.encoder, config.stem, *head, channels, image_size)
+        return SimSiam(config.encoder, config.stem, *head, channels, image_size, config.width)
 
     stages = {"probe": pretraining.probe_stage, "embed": embed, "study": label_study.study_stage}
     return pretraining.run_pretraining(

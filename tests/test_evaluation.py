@@ -447,6 +447,27 @@ def test_encoder_output_shape(name, stem, channels, image_size, features):
     assert encoder.num_features == features
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_a_narrow_resnet_has_a_part_of_the_channels(name, stem):
+    with torch.device("meta"):
+        narrow = functions.make_encoder(name, stem, 3, 32, 24)
+        whole = getattr(torchvision.models, name)(weights=None)
+        output = narrow(torch.empty(2, 3, 32, 32))
+    assert output.shape == (2, narrow.num_features) == (2, whole.fc.in_features * 24 // 64)
+    whole.fc = nn.Identity()
+    shapes = {key: tuple(value.shape) for key, value in narrow.state_dict().items()}
+    for key, value in whole.state_dict().items():
+        first, *rest = value.shape or (0,)
+        expected = [first * 24 // 64, *rest]
+        if key == "conv1.weight" and stem == "cifar":
+            expected[2:] = [3, 3]
+        elif len(rest) == 3 and key != "conv1.weight":
+            expected[1] = rest[0] * 24 // 64
+        assert shapes.pop(key) == (tuple(expected) if value.shape else ())
+    assert not shapes
+
+
 @pytest.mark.parametrize(("stem", "parameters"), [("cifar", 11_168_832), ("imagenet", 11_176_512)])
 def test_resnet18_is_torchvisions(stem, parameters):
     encoder = functions.make_encoder("resnet18", stem, 3, 32)

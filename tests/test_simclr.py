@@ -385,6 +385,12 @@ def test_smaller_views_are_the_crop_at_that_size():
     assert same.shape == images.shape
 
 
+@pytest.mark.parametrize("width", [0, 12, -8, 2048])
+def test_width_is_checked(user_error, width):
+    with user_error("--width", str(width)):
+        simclr.Config(width=width)
+
+
 def test_views_of_another_size_need_an_encoder_and_views_that_have_one(user_error):
     with user_error("--view-size", "ResNet"):
         simclr.Config(encoder="small", view_size=8)
