@@ -32,6 +32,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -2189,7 +2190,9 @@ def report_classes(
 def print_folder(folder: Path) -> None:
     """The last lines of a run: where everything is."""
     print(f"Everything is in {folder}:")
-    print("  " + "  ".join(sorted(path.name for path in folder.iterdir())))
+    names = "  ".join(sorted(path.name for path in folder.iterdir()))
+    lines = textwrap.wrap(names, 78, break_on_hyphens=False, break_long_words=False)
+    print(textwrap.indent("\n".join(lines), "  "))
 
 
 # ------------------------------------------------------------------------------------- plots

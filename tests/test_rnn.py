@@ -191,9 +191,9 @@ def test_run_makes_every_artifact(tmp_path, capsys, cells):
     for cell in cells.split(","):
         last = [row for row in rows if row["cell"] == cell][-1]
         assert summary[f"{cell}_validation_accuracy"] == float(last["validation_accuracy"])
-    *lines, place, _ = capsys.readouterr().out.splitlines()
-    assert place == f"Everything is in {folder}:"
-    assert max(map(len, lines)) <= 80
+    said, files = capsys.readouterr().out.split(f"Everything is in {folder}:\n")
+    assert set(files.split()) == names
+    assert max(map(len, (said + files).splitlines())) <= 80
 
 
 def test_it_learns(tmp_path):
