@@ -205,10 +205,11 @@ def parse_config(config_class: type, arguments: Sequence[str], text: str) -> Any
     Raises:
         UserError: an unknown flag, a bad value, or a run folder that cannot be read.
     """
-    config = _parse_flags(config_class, arguments, config_class(), text)
-    if config.resume is None:
-        return config
-    return _parse_flags(config_class, arguments, load_config(config_class, config.resume), text)
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume")
+    folder = first.parse_known_args(arguments)[0].resume
+    defaults = config_class() if folder is None else load_config(config_class, folder)
+    return _parse_flags(config_class, arguments, defaults, text)
 
 
 def load_config(config_class: type, folder: str | Path) -> Any:
@@ -260,9 +261,10 @@ def keep_freed_memory() -> None:
     Each step takes the same buffers again. Fresh ones cost page faults: a sixth to a fifth of a
     step of ResNet18 with the ImageNet stem on a CPU. Does nothing without glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
+        # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap, 32 MiB with an old glibc
+        _ = mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: keep the heap's end
 
 
@@ -296,8 +298,7 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.signal(signal.SIGALRM, again)
         sys.unraisablehook = lost
-    # A log file shows each line at once.
-    typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
+    show_lines_at_once()
     try:
         call()
     except UserError as error:
@@ -315,7 +316,8 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
         if is_out_of_memory(error):
             _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
         if is_lost_connection(error):
-            _exit_with(1, "error: another process of this run has died", error)
+            reason = str(error).splitlines()[0]
+            _exit_with(1, f"error: another process of this run has died ({reason})", error)
         raise
     except KeyboardInterrupt as error:
         _exit_with(130, "stopped by Ctrl-C", error)
@@ -324,6 +326,11 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
             if error.code == 128 + number:
                 _exit_with(error.code, f"stopped by {number.name}", error)
         raise
+
+
+def show_lines_at_once() -> None:
+    """Let what is printed into a log file be seen line by line."""
+    typing.cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -337,8 +344,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn:
     line = ". ".join([message, *getattr(error, "__notes__", [])])
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not shared or process_rank() == 0:  # processes of one run say it once
-        print(" ".join(line.split()), file=sys.stderr)
+    # What all processes of a run meet is said once; a lack of memory is one process's own.
+    alike = isinstance(error, UserError | Diverged | KeyboardInterrupt | SystemExit)
+    if not shared or process_rank() == 0 or not alike:
+        name = f"process {process_rank()}: " if shared and not alike else ""
+        print(name + " ".join(line.split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -360,17 +370,28 @@ def process_rank() -> int:
 
 
 def process_layout(config: RunConfig) -> tuple[int, int]:
-    """Processes per node and nodes: torchrun's or SLURM's where one of them starts us."""
+    """Processes per node and nodes: torchrun's or SLURM's where one of them starts us.
+
+    Raises:
+        UserError: they start another number of processes than --devices asks for.
+    """
+    devices = getattr(config, "devices", 1)
+    here, nodes, starter = devices, 1, ""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        return here, int(os.environ["WORLD_SIZE"]) // here
-    if "SLURM_NTASKS" in os.environ:
+        here, starter = int(os.environ["LOCAL_WORLD_SIZE"]), "torchrun"
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+    elif "SLURM_NTASKS" in os.environ:
         from lightning_fabric.plugins.environments import SLURMEnvironment
 
         if SLURMEnvironment.detect():  # not in an interactive job
-            nodes = int(os.environ.get("SLURM_NNODES", 1))
-            return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
-    return getattr(config, "devices", 1), 1
+            nodes, starter = int(os.environ.get("SLURM_NNODES", 1)), "SLURM"
+            here = int(os.environ["SLURM_NTASKS"]) // nodes
+    require(
+        devices in (1, here, here * nodes),
+        f"--devices {devices}, but {starter} starts {here * nodes} processes: leave the flag out, "
+        f"or let {starter} start as many",
+    )
+    return here, nodes
 
 
 @contextlib.contextmanager
@@ -394,6 +415,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
         "versions": _versions(),
         "hardware": hardware(config.device),
         "threads": torch.get_num_threads(),
+        "computed_in": pick_precision(config.device, config.precision),
         "processes": math.prod(process_layout(config)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -423,7 +445,7 @@ def open_run(script: str, config: Any, free: frozenset[str] = frozenset()) -> It
                 )
         changed = [
             f"{key} was {record.get(key)}, is {session[key]}"
-            for key in ("hardware", "threads", "processes", "versions")
+            for key in ("hardware", "threads", "computed_in", "processes", "versions")
             if record.get(key) != session[key]
         ]
         if changed:
@@ -607,7 +629,14 @@ def metric_logger(
             folder, name="", version="tensorboard", default_hp_metric=False
         )
     else:
+        import wandb
+
         logger = loggers.WandbLogger(name, folder, id=name, project="small-images", resume="allow")
+        try:
+            _ = logger.experiment
+        except wandb.errors.UsageError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"wandb: {reason}; or set WANDB_MODE=offline") from error
     logger.log_hyperparams(dataclasses.asdict(config))
 
     def log(row: dict[str, Any], step: int) -> None:
@@ -753,17 +782,19 @@ def _load_cifar10(data_dir: Path, url: str | None) -> ImageData:
 
     folder = data_dir / CIFAR10.base_folder
     if not folder.is_dir():
-        archive = data_dir / CIFAR10.filename
-        _fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
-        try:
-            with (
-                tempfile.TemporaryDirectory(dir=data_dir) as unpacked,
-                tarfile.open(archive) as tar,
-            ):
-                tar.extractall(unpacked, filter="data")  # refuses to write outside
-                os.replace(Path(unpacked) / CIFAR10.base_folder, folder)
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-            raise UserError(f"cannot unpack {archive} into {data_dir}: {error}") from error
+        with _alone_in(data_dir):
+            archive = data_dir / CIFAR10.filename
+            _fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
+            try:
+                with (
+                    tempfile.TemporaryDirectory(dir=data_dir) as unpacked,
+                    tarfile.open(archive) as tar,
+                ):
+                    tar.extractall(unpacked, filter="data")  # refuses to write outside
+                    if not folder.is_dir():  # another process may have been here before
+                        os.replace(Path(unpacked) / CIFAR10.base_folder, folder)
+            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+                raise UserError(f"cannot unpack {archive} into {data_dir}: {error}") from error
     try:
         parts = [CIFAR10(str(data_dir), train=train) for train in (True, False)]
     except RuntimeError as error:
@@ -793,7 +824,8 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> ImageData:
         if not path.exists() and (DEBIAN_FASHION_MNIST / name).exists():
             path = DEBIAN_FASHION_MNIST / name
         elif not path.exists():
-            _fetch(path, FashionMNIST.mirrors[0] + name, url, md5)
+            with _alone_in(folder):
+                _fetch(path, FashionMNIST.mirrors[0] + name, url, md5)
         arrays.append(torch.from_numpy(_read_idx(path, shape)))
         good = len(shape) > 1 or int(arrays[-1].max()) < len(FASHION_MNIST_CLASSES)
         require(good, f"{path} holds labels that are no classes: delete it and start again")
@@ -824,6 +856,23 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def _md5(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let other processes that download into a folder wait, where the system can lock files."""
+    try:
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "wb")  # noqa: SIM115
+    except (ImportError, OSError):  # Windows; what cannot be written is said later
+        yield
+        return
+    with lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fetch(path: Path, official: str, url: str | None, md5: str) -> None:
@@ -918,10 +967,11 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     Give it the training split only.
     """
     total = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for chunk in images.split(2000):  # bounded memory: the images may be memory-mapped
+    # Bounded memory: the images may be memory-mapped, and large.
+    for chunk in images.split(min(2000, max(1, 2**24 // images[0, 0].numel()))):
         values = chunk.float().div_(255)
-        total[0] += values.sum((0, 2, 3)).double().cpu()
-        total[1] += values.square_().sum((0, 2, 3)).double().cpu()
+        total[0] += values.sum((0, 2, 3)).cpu().double()  # Apple's GPUs have no float64
+        total[1] += values.square_().sum((0, 2, 3)).cpu().double()
     mean, square = total / (len(images) * images[0, 0].numel())
     std = (square - mean**2).clamp(min=1e-12).sqrt()
     return mean.float().to(images.device), std.float().to(images.device)

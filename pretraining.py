@@ -413,7 +413,8 @@ def run_pretraining(
         f"--batch-size {config.batch_size} does not divide among {processes * nodes} processes",
     )
     fabric = functions.make_fabric(config.device, config.precision, processes, nodes)
-    main_process = functions.process_rank() == 0
+    # Processes that train alone, like the tasks of an interactive SLURM job, all have folders.
+    main_process = processes * nodes == 1 or functions.process_rank() == 0
     channels, height = data.train.images.shape[1:3]
     with contextlib.ExitStack() as stack:
         folder = (
@@ -436,6 +437,8 @@ def run_pretraining(
         data = data.to(fabric.device)
         if "pretrain" in config.stage_names:
             history = pretrain(model, data.train, config, folder, fabric)
+            if fabric.world_size > 1:  # what follows is one process's work, with its own BatchNorm
+                torch.distributed.destroy_process_group()
             if not main_process:
                 return {}
             mean, std = functions.channel_statistics(data.train.images)
@@ -456,7 +459,7 @@ def run_pretraining(
                 f"{folder} has finished {epoch} of {config.epochs} epochs: let it finish first, "
                 "with pretrain among the --stages",
             )
-        if fabric.world_size > 1:  # what follows is one process's work
+        if fabric.world_size > 1:
             fabric = functions.make_fabric(config.device, config.precision)
         seconds = sum(row["seconds"] for row in history)
         values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}

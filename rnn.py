@@ -462,7 +462,7 @@ def with_best(config: Config) -> Config:
     Raises:
         UserError: the file is missing or damaged, or a flag contradicts it.
     """
-    if config.config is None:
+    if config.config is None or config.resume is not None:  # a run keeps what it began with
         return config
     path = Path(config.config)
     best = functions.read_json(path)

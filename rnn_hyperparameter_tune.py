@@ -47,6 +47,7 @@ from functions import UserError, require, setting
 
 if TYPE_CHECKING:
     import optuna
+    import sqlalchemy
 
 SPACE: dict[str, Any] = {
     "hidden_size": [128, 256, 512],
@@ -67,7 +68,7 @@ def process_name(number: int) -> str:
 PROCESS = process_name(os.getpid())
 GRACE = 120  # seconds after which a machine without a heartbeat counts as dead
 # What a study is about: on resume it must be the same.
-SAME = ("cell", "dataset", "max_epochs", "train_fraction", "augmentation", "seed")
+SAME = ("cell", "dataset", "image_size", "max_epochs", "train_fraction", "augmentation", "seed")
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,10 @@ class Objective:
                 raise
             trial.set_user_attr("reason", f"out of memory: {error}".splitlines()[0])
             raise MemoryError(str(error)) from error
-        except SystemExit:  # Lightning turns Ctrl-C into an exit
-            raise KeyboardInterrupt from None
+        except SystemExit as error:
+            if error.code != 1:  # of SIGTERM, say
+                raise
+            raise KeyboardInterrupt from None  # Lightning turns Ctrl-C into an exit
         return trainer.callback_metrics["validation_loss"].item()
 
 
@@ -328,19 +331,32 @@ def open_storage(url: str, shared: bool) -> optuna.storages.RDBStorage:
     import sqlalchemy.exc
 
     options: dict[str, Any] = {}
+    if url.startswith("sqlite"):
+        options["engine_kwargs"] = {"connect_args": {"timeout": 10}}
     if shared:
-        options = {"heartbeat_interval": 30, "grace_period": GRACE}
+        options |= {"heartbeat_interval": 30, "grace_period": GRACE}
         options["heartbeat_stale_trial_callback"] = retry
     if url.startswith(("postgresql", "mysql")):  # else a dead host hangs for minutes
         options["engine_kwargs"] = {"connect_args": {"connect_timeout": 10}}
     for attempts_left in (4, 3, 2, 1, 0):
         try:
-            return optuna.storages.RDBStorage(url, **options)
+            storage = optuna.storages.RDBStorage(url, **options)
+            if url.startswith("sqlite"):
+                sqlalchemy.event.listen(storage.engine, "begin", begin_at_once)
+            return storage
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
             if not attempts_left:
                 raise
             time.sleep(1)  # another machine creates the same tables just now
     raise AssertionError
+
+
+def begin_at_once(connection: sqlalchemy.Connection) -> None:
+    """Lock an SQLite file before a transaction reads, not only before it writes.
+
+    It has no row locks: two processes might read that a trial waits, and both begin it.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @contextlib.contextmanager
@@ -422,6 +438,7 @@ def work(config: Config, folder: Path, number: int, end: float, errors: Any) -> 
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    functions.show_lines_at_once()
     try:
         with storage_errors(config.storage or str(folder / "study.db")):
             run_trials(config, folder, number, end)
@@ -457,7 +474,8 @@ def main(config: Config) -> dict[str, Any]:
                 else:
                     run_workers(config, folder, study, end)
         except KeyboardInterrupt:
-            write_results(study, config, folder)
+            with contextlib.suppress(UserError):  # all have failed so far
+                write_results(study, config, folder)
             raise
         finally:
             forget(study, None if config.storage is None else [PROCESS])
