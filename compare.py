@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import functions
-from functions import UserError, require
+from functions import require
 
 # What config.json says besides the settings, and settings that change no result.
 FACTS = frozenset(
@@ -98,12 +98,23 @@ def read_run(folder: Path) -> list[Run]:
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but their seed together, in order of appearance."""
-    groups: dict[str, list[Run]] = {}
+    """Runs that differ in nothing but their seed together, in order of appearance.
+
+    A setting that one of them lacks, because the script got it later, is no difference.
+    """
+    groups: list[list[Run]] = []
     for run in runs:
-        same = {k: v for k, v in run.settings.items() if k != "seed"}
-        groups.setdefault(repr((run.script, run.cell, sorted(same.items()))), []).append(run)
-    return list(groups.values())
+        for others in groups:
+            first = others[0]
+            both = run.settings.keys() & first.settings.keys() - {"seed"}
+            alike = all(run.settings[key] == first.settings[key] for key in both)
+            alike &= (run.script, run.cell) == (first.script, first.cell)
+            if alike and run.settings.get("seed") not in [o.settings.get("seed") for o in others]:
+                others.append(run)
+                break
+        else:
+            groups.append([run])
+    return groups
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -239,10 +250,7 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
         if i == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     print(*differences(groups, names), sep="\n")
-    try:
-        draw(groups, names, parsed.figure)
-    except OSError as error:
-        raise UserError(f"cannot write {parsed.figure}: {error.strerror}") from error
+    draw(groups, names, parsed.figure)
     print(f"The curves are in {parsed.figure}.")
     return rows
 

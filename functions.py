@@ -865,14 +865,16 @@ def _alone_in(folder: Path) -> Iterator[None]:
         import fcntl
 
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "wb")  # noqa: SIM115
+        lock = os.open(folder, os.O_RDONLY)
     except (ImportError, OSError):  # Windows; what cannot be written is said later
         yield
         return
-    with lock:
-        with contextlib.suppress(OSError):
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _fetch(path: Path, official: str, url: str | None, md5: str) -> None:
@@ -1017,6 +1019,12 @@ def _load_folder(folder: Path, data_dir: Path, image_size: int) -> ImageData:
         # `train` may also be the name of a class: then it holds images and has neighbours.
         split = "train" in names and (
             set(names) <= {"train", "test"} or bool(_subfolders(folder / "train"))
+        )
+        others = sorted(set(names) - {"train", "test"}) if split else []
+        require(
+            not others,
+            f"{folder} has {', '.join(others)} beside train: call the folder of test images test, "
+            "and move others away",
         )
         train_folder = folder / "train" if split else folder
         test_folder = folder / "test" if split and "test" in names else None

@@ -70,9 +70,9 @@ def study_stage(
     encoder: trained from scratch plainly (Adam 1e-3, no augmentation) or tuned (mild crops and
     flips, AdamW, the epoch with the lowest loss on a tenth of the labelled images), a linear layer
     and a one-hidden-layer MLP on the frozen encoder, and the encoder fine-tuned like the tuned one
-    at a lower rate. All take `config.label_steps` steps with a cosine schedule. Writes
-    `label_efficiency.csv` (a row per training; an interrupted study goes on from it) and
-    `label_efficiency.png`.
+    at a lower rate. All take `config.label_steps` steps, rounded up to whole epochs, with a cosine
+    schedule. Writes `label_efficiency.csv` (a row per training; an interrupted study goes on from
+    it) and `label_efficiency.png`.
 
     Returns:
         `label_efficiency`: method, then number of labels, then `accuracy`, `accuracy_sd`,
@@ -102,7 +102,7 @@ def study_stage(
     few = f"there are only {len(data.train):,} training images"
     require(bool(counts), f"--labels {config.labels}: {few}")
     study = Study(model.encoder, data, config, fabric)
-    if len(counts) < len(set(config.labels.split(","))):
+    if any(part.strip() != "all" and int(part) > max(counts) for part in config.labels.split(",")):
         print(f"some of the --labels {config.labels} are left out: {few}")
     print(f"macro-F1 in %, mean ± sd over {config.label_seeds} draws of the labelled images")
     print("labels" + "".join(f"{short:>14}" for short, _, _ in STUDY.values()))

@@ -32,11 +32,9 @@ from functions import require, setting
 
 @dataclass(frozen=True)
 class Config(pretraining.PretrainingConfig):
-    """The defaults are the recipe of the README's CIFAR-10 row."""
+    """The defaults are a published recipe for CIFAR-10 on one GPU."""
 
     STAGES = ("pretrain", "probe", "embed", "finetune", "study")
-
-    finetune: bool = setting(False, "run", "also do the finetune stage")
 
     projection: Literal["nonlinear", "linear", "none"] = setting(
         "nonlinear", "model", "projection head, used in pretraining only"
@@ -68,15 +66,9 @@ class Config(pretraining.PretrainingConfig):
             good = 1 <= getattr(self, name) <= 10**6
             require(good, f"{functions.flag(name)} must be at least 1, at most 1,000,000")
 
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """The stages to do."""
-        names = super().stage_names
-        return names + ("finetune",) * (self.finetune and "finetune" not in names)
-
 
 # Settings of the stages after pretraining: a finished run may be evaluated again with others.
-EVALUATION = pretraining.EVALUATION | {"finetune", "finetune_epochs", "embedding"}
+EVALUATION = pretraining.EVALUATION | {"finetune_epochs", "embedding"}
 
 
 class SimCLR(nn.Module):
@@ -249,7 +241,14 @@ def finetune(
     start = 0
     history: list[dict[str, Any]] = []
     if checkpoint.exists():
+        begun = functions.load_checkpoint(checkpoint, "simclr-finetune")["config"]
+        require(
+            begun.get("finetune_epochs") == config.finetune_epochs,
+            f"{checkpoint} was begun with --finetune-epochs {begun.get('finetune_epochs')}: "
+            "give the same, or delete it to begin anew",
+        )
         start, history = functions.restore(checkpoint, "simclr-finetune", classifier, optimizer)
+        functions.write_csv(folder / "finetune.csv", history)
 
     def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
         images = pretraining.crop_views(images, config, generator, crop_only=True)

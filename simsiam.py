@@ -1,7 +1,8 @@
 """SimSiam (Chen & He 2021, https://arxiv.org/abs/2011.10566) on small images, and few labels.
 
     python simsiam.py                                    # FashionMNIST, small encoder, 100 epochs
-    python simsiam.py --dataset digits --epochs 20 --batch-size 64    # no download, a minute
+    python simsiam.py --dataset digits --epochs 20 --batch-size 64 --stages pretrain,probe,embed
+                                                         # no download, a minute
 
 Pretrains without negatives: a predictor, and a gradient that stops at the other view. Then linear
 probe, kNN, UMAP of z and p, and the label-efficiency study: what the encoder buys when 10, 100 or

@@ -11,6 +11,7 @@ training pass. Both train the same model on the same number of images.
 
 import argparse
 import contextlib
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -116,9 +117,11 @@ def main() -> None:
     pictures = Pictures(data.train), Pictures(validation)
     rows = []
     for cell in rnn.CELLS:
-        ours = seconds(our_epoch, cell, data, validation, config)
-        theirs = seconds(original_epoch, rnn.make_model(config, cell, data), *pictures)
-        ours = min(ours, seconds(our_epoch, cell, data, validation, config))
+        ours, theirs = math.inf, math.inf
+        for _ in range(2):  # in turns, the better one of each
+            ours = min(ours, seconds(our_epoch, cell, data, validation, config))
+            model = rnn.make_model(config, cell, data)
+            theirs = min(theirs, seconds(original_epoch, model, *pictures))
         rows.append({"cell": cell, "original s": theirs, "ours s": ours, "ratio": theirs / ours})
     size = f"{len(data.train):,} images, {torch.get_num_threads()} threads, batch 64"
     report(f"Row-sequence epoch, {size}", rows)

@@ -57,6 +57,18 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_the_same_seed_twice_is_two_rows_and_a_new_setting_no_difference(tmp_path):
+    runs = [
+        simclr_run(tmp_path / "a", 0, 0.7, 3.0, temperature=0.5),
+        simclr_run(tmp_path / "again", 0, 0.7, 3.0, temperature=0.5),
+        simclr_run(tmp_path / "newer", 1, 0.8, 3.0, temperature=0.5, width=64),
+    ]
+    head, first, second = compare.main([*runs, "--figure", "curves.png"])
+    probe = head.index("linear probe %")
+    assert (first[1], first[probe]) == ("2", f"75.0 ± {100 * statistics.stdev([0.7, 0.8]):.1f}")
+    assert (second[1], second[probe]) == ("1", "70.0")
+
+
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     probes = [0.7, 0.72, 0.77]
     runs = [

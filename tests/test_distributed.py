@@ -276,6 +276,48 @@ def test_ddp_mean_is_what_the_exact_gradient_needs():
 
 
 @pytest.mark.parametrize(
+    ("environment", "devices", "layout"),
+    [
+        ({}, 4, (4, 1)),
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}, 1, (4, 2)),
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}, 4, (4, 2)),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "x"}, 4, "--devices 4, but SLURM starts 1 "),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}, 4, (4, 1)),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"},
+            4,
+            "--devices 4, but torchrun starts 2 ",
+        ),
+    ],
+)
+def test_processes_are_those_that_are_started(
+    monkeypatch, user_error, environment, devices, layout
+):
+    for name in ("SLURM_NTASKS", "SLURM_NNODES", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = simclr.Config(devices=devices)
+    if isinstance(layout, str):
+        with user_error(layout):
+            functions.process_layout(config)
+    else:
+        assert functions.process_layout(config) == layout
+
+
+def test_what_one_process_meets_is_said_by_it(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for error, said in (
+        (torch.OutOfMemoryError(), "process 1: error: words\n"),
+        (functions.UserError(), ""),  # which all processes meet
+    ):
+        with pytest.raises(SystemExit):
+            functions._exit_with(1, "error: words", error)
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
     ("environment", "rank"),
     [
         ({}, 0),

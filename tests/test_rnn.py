@@ -258,6 +258,9 @@ def test_best_json_sets_the_model(tmp_path):
         6,
         10,
     ]
+    path.rename(tmp_path / "moved.json")  # a run that has begun needs it no more
+    again = dataclasses.replace(config, resume="a folder")
+    assert rnn.with_best(again) == again
     for change, words in (
         ({"l2": "7"}, "'l2' cannot be '7'"),
         ({"batch_size": True}, "'batch_size' cannot be 'True'"),

@@ -65,6 +65,8 @@ def other_value(name):
         return tuple(value / 2 for value in default)
     if isinstance(default, bool):
         return not default
+    if name in ("width", "view_size"):
+        return 24
     if isinstance(default, int):
         return default + 1
     if isinstance(default, float):
@@ -93,8 +95,19 @@ def test_every_setting_is_a_flag_that_arrives(name):
     assert type(getattr(config, name)) is type(value)
 
 
+def test_flags_beside_resume_meet_the_saved_settings(tmp_path):
+    config = dataclasses.replace(Config(), batch_size=384, output_dir=str(tmp_path), name="run")
+    with open_run("simclr", config) as folder:
+        pass
+    resumed = parse_config(Config, ["--resume", str(folder), "--devices", "3"], "")
+    assert (resumed.batch_size, resumed.devices) == (384, 3)  # 512 would not divide
+
+
 def test_negated_and_equal_sign_flags():
-    assert parse_config(Config, ["--finetune", "--no-finetune"], "").finetune is False
+    assert (
+        parse_config(Config, ["--pixel-baseline", "--no-pixel-baseline"], "").pixel_baseline
+        is False
+    )
     assert parse_config(Config, ["--batch-size=64"], "").batch_size == 64
 
 
@@ -111,7 +124,7 @@ def test_negated_and_equal_sign_flags():
         ("--temperature warm", ["--temperature", "warm"]),
         ("--device gpu", ["--device", "gpu", "cuda"]),
         ("--encoder vgg", ["--encoder", "vgg", "resnet18"]),
-        ("--finetune yes", ["yes"]),
+        ("--pixel-baseline yes", ["yes"]),
         ("--jitter 0.4", ["--jitter", "4"]),
         ("--jitter 0.4 0.4 0.4 0.1 0.1", ["0.1"]),
         ("--jitter 0.4 0.4 much 0.1", ["--jitter", "much"]),
@@ -404,8 +417,8 @@ NO_CONFIGS = {
     "a list for a choice": edited(encoder=["small", "resnet18"]),
     "a list too short": edited(jitter=[0.4, 0.4, 0.4]),
     "text in a list": edited(jitter=[0.4, 0.4, 0.4, "much"]),
-    "text for a bool": edited(finetune="perhaps"),
-    "a dict for a bool": edited(finetune={}),
+    "text for a bool": edited(pixel_baseline="perhaps"),
+    "a dict for a bool": edited(pixel_baseline={}),
     "out of range": edited(temperature=-1),
 }
 

@@ -198,15 +198,19 @@ def test_stages_without_pretraining_need_a_finished_run(tmp_path, stop_in_epoch)
 
 
 def test_finetuning_beats_chance_and_resumes_exactly(tmp_path, stop_in_epoch):
-    config = small_config(tmp_path, finetune=True, finetune_epochs=4, flip_probability=0.0)
-    whole = simclr.main(dataclasses.replace(config, stages="pretrain"))
+    config = small_config(
+        tmp_path, stages="pretrain,finetune", finetune_epochs=4, flip_probability=0.0
+    )
+    whole = simclr.main(config)
     assert whole["finetune_accuracy"] > 0.5
     stop_in_epoch(3)  # pretraining has two epochs, so this is fine-tuning's third
     with pytest.raises(KeyboardInterrupt):
-        simclr.main(dataclasses.replace(config, stages="pretrain", name="stopped"))
+        simclr.main(dataclasses.replace(config, name="stopped"))
     folder = tmp_path / "simclr" / "stopped"
     assert len(metrics(folder, "finetune.csv")) == 2
     rest = dataclasses.replace(config, name="stopped", resume=str(folder), stages="finetune")
+    with pytest.raises(functions.UserError, match="begun with --finetune-epochs 4"):
+        simclr.main(dataclasses.replace(rest, finetune_epochs=2))
     assert simclr.main(rest)["finetune_accuracy"] == whole["finetune_accuracy"]
     assert metrics(folder, "finetune.csv") == metrics(tmp_path / "simclr" / "run", "finetune.csv")
     assert not (folder / "finetune_checkpoint.pt").exists()
@@ -262,7 +266,7 @@ def test_a_folder_without_labels_trains_and_skips_what_needs_labels(tmp_path, ca
     config = small_config(
         tmp_path, dataset=str(pictures), batch_size=8, image_size=16, data_dir=str(tmp_path)
     )
-    summary = simclr.main(dataclasses.replace(config, finetune=True))
+    summary = simclr.main(dataclasses.replace(config, stages="pretrain,probe,embed,finetune"))
     printed = capsys.readouterr().out
     assert "probe is skipped: it needs labels" in printed
     assert "finetune is skipped: it needs labels" in printed
@@ -310,7 +314,7 @@ def test_images_are_normalised_with_the_training_statistics_only(tmp_path, monke
         return normalize(images, mean, std)
 
     monkeypatch.setattr(functions, "normalize", spy)
-    simclr.main(small_config(tmp_path, finetune=True, finetune_epochs=1))
+    simclr.main(small_config(tmp_path, stages="pretrain,probe,embed,finetune", finetune_epochs=1))
     train = functions.load_images("digits").train.images.numpy() / 255
     assert len(used) > 10
     for mean, std in used:

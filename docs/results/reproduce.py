@@ -21,6 +21,9 @@ LEFT_OUT = ("name", "output_dir", "data_dir", "resume", "config")
 
 def flags(settings: dict, config_class: type) -> list[str]:
     """The flags that give these settings, where they are not the default."""
+    # On another machine `auto` may mean something else than what was computed.
+    precision = {"32-true": "float32", "bf16-mixed": "bfloat16"}.get(settings.get("computed_in"))
+    settings = {**settings, **({"precision": precision} if precision else {})}
     made = []
     for field in dataclasses.fields(config_class):
         value = settings.get(field.name, field.default)
@@ -39,10 +42,13 @@ def commands(committed: dict, name: str) -> list[list[str]]:
     """Words after `python`: the run called `name`, and its last evaluation with --resume."""
     script = committed["script"]
     config_class = importlib.import_module(script).Config
+    folder = f"results/{script}/{name}"
     made = [[f"{script}.py", *flags(committed, config_class), "--name", name]]
+    if Path(folder, "config.json").exists():  # stopped before
+        made = [[f"{script}.py", "--resume", folder]]
     for resumed in committed.get("resumed", [])[-1:]:
         words = shlex.split(resumed["command"])
-        words[words.index("--resume") + 1] = f"results/{script}/{name}"
+        words[words.index("--resume") + 1] = folder
         made.append(words)
     return made
 
