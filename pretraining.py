@@ -205,6 +205,7 @@ class Pretraining:
         self.start = 0
         self.history: list[dict[str, Any]] = []
         self._warm: float | None = None
+        self.warned = False
         self._z = torch.empty(0, 0)
         if config.resume is not None and (folder / "checkpoint.pt").exists():
             self.start, self.history = functions.restore(
@@ -263,9 +264,10 @@ class Pretraining:
         elif self._warm is not None and (passed := time.perf_counter() - self._warm) > 10:
             self._warm = None
             seconds = passed / (step - 1) * self.steps * (self.config.epochs - self.start)
-            hint = ": use a GPU, fewer --epochs, or a cheaper encoder (--stem imagenet, small)"
-            hint = hint if seconds > 24 * 3600 else ""
-            self.bar.write(f"about {functions.format_seconds(seconds)} on this device{hint}")
+            self.bar.write(f"about {functions.format_seconds(seconds)} on this device")
+            if seconds > 24 * 3600:
+                hint = "use a GPU, fewer --epochs, or a cheaper encoder"
+                self.bar.write(f"  {hint} (--stem imagenet, --encoder small)")
 
     def _shard(self, generator: torch.Generator) -> functions.Generator:
         if self.fabric.world_size == 1:
@@ -338,10 +340,12 @@ class Pretraining:
     def _warn_of_collapse(self, row: dict[str, float]) -> None:
         spread = row["embedding_std"] * math.sqrt(self._z.shape[1])
         early = row["epoch"] <= max(1, self.config.epochs // 10)
-        if spread < 0.1 or (early and row["loss"] < self.collapse_loss):
+        if not self.warned and (spread < 0.1 or (early and row["loss"] < self.collapse_loss)):
+            self.warned = True
+            self.bar.write("warning: the embedding collapses: try a lower --learning-rate")
             self.bar.write(
-                f"warning: the embedding collapses: its standard deviation is {spread:.0%} of what "
-                f"fills the sphere, the loss {row['loss']:.3f}; try a lower --learning-rate"
+                f"  (epoch {row['epoch']}: loss {row['loss']:.3f}, standard deviation {spread:.0%} "
+                "of the sphere's)"
             )
 
 

@@ -24,6 +24,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import shlex
 import signal
 import sqlite3
 import statistics
@@ -213,21 +214,31 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     )
 
 
+def load_splits(config: Config) -> tuple[functions.ImageData, functions.Split]:
+    """`rnn.load_splits` of the sweep's images.
+
+    Raises:
+        UserError: the data cannot be used, or are fewer than the largest batch of the search.
+    """
+    shared = {field.name for field in dataclasses.fields(functions.RunConfig)} - {"resume"}
+    settings = {name: getattr(config, name) for name in shared}
+    example = rnn.Config(**settings, batch_size=2, train_fraction=config.train_fraction)
+    data, validation = rnn.load_splits(example)
+    largest = max(SPACE["batch_size"])
+    require(
+        len(data.train) >= largest,
+        f"there are {len(data.train)} images to train on, fewer than the largest batch of the "
+        f"search ({largest}): use more images, or a larger --train-fraction",
+    )
+    return data, validation
+
+
 class Objective:
     """Trains one trial and returns its last epoch's validation loss. Loads the data once."""
 
     def __init__(self, config: Config):
         self.config = config
-        example = rnn.Config(
-            **{
-                field.name: getattr(config, field.name)
-                for field in dataclasses.fields(functions.RunConfig)
-                if field.name != "resume"
-            },
-            batch_size=max(SPACE["batch_size"]),
-            train_fraction=config.train_fraction,
-        )
-        data, validation = rnn.load_splits(example)
+        data, validation = load_splits(config)
         device = functions.pick_device(config.device)
         self.data, self.validation = data.to(device), validation.to(device)
 
@@ -453,6 +464,7 @@ def main(config: Config) -> dict[str, Any]:
         UserError: the data or the storage cannot be used, or every trial failed.
     """
     free = frozenset({"trials", "timeout", "workers", "pruner"})
+    load_splits(config)  # a mistake shows before there is a run folder
     with (
         functions.open_run("rnn_hyperparameter_tune", config, free) as folder,
         storage_errors(config.storage or str(folder / "study.db")),
@@ -640,7 +652,12 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
             f" {p['batch_size']:5}"
         )
     print("Train the winner with:")
-    print(f"  python rnn.py --dataset {config.dataset} --config {folder / 'best.json'}")
+    words = ["--dataset", config.dataset]
+    for name in ("image_size", "data_dir", "download_url", "device", "precision", "seed"):
+        if (value := getattr(config, name)) != getattr(Config, name):
+            words += [functions.flag(name), str(value)]
+    print("  python rnn.py", shlex.join(words), "\\")
+    print("    --config", shlex.quote(str(folder / "best.json")))
     return best
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -255,6 +256,25 @@ def test_ctrl_c_leaves_no_trial_running_and_the_sweep_goes_on(tmp_path):
     assert "RUNNING" not in states(tmp_path)
 
 
+def test_too_few_images_are_a_mistake_before_anything_is_made(tmp_path):
+    with pytest.raises(functions.UserError, match="larger --train-fraction"):
+        tune.main(small_config(tmp_path, train_fraction=0.1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_winner_s_command_has_what_its_training_needs(tmp_path, tiny, capsys):
+    folder = tmp_path / "a b"
+    tune.main(small_config(folder, trials=1, seed=3))
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("Train the winner with:")
+    words = shlex.split((lines[place + 1] + "\n" + lines[place + 2]).replace("\\\n", ""))
+    assert words[:2] == ["python", "rnn.py"]
+    config = rnn.with_best(functions.parse_config(rnn.Config, words[2:], ""))
+    assert (config.dataset, config.seed, config.device) == ("digits", 3, "cpu")
+    assert config.hidden_size in (8, 16)
+    assert max(map(len, lines[place : place + 2])) <= 80
+
+
 def test_a_machine_that_died_before_its_first_heartbeat_is_not_waited_for(
     tmp_path, tiny, monkeypatch
 ):
@@ -288,7 +308,7 @@ def test_a_lost_trial_is_run_again_with_its_parameters(tmp_path, tiny, monkeypat
     def stopping(trainer, module):
         calls.append(module.config)
         if len(calls) == 2:
-            raise SystemExit  # as Lightning does on Ctrl-C
+            raise SystemExit(1)  # as Lightning does on Ctrl-C
         fit(trainer, module)
 
     monkeypatch.setattr(tune.Trainer, "fit", stopping)
