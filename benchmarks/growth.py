@@ -4,9 +4,8 @@
     python benchmarks/growth.py --most 1024      # largest batch
 
 Images are noise. A step is views, forward pass, loss, backward pass and update, as in simclr.py;
-the first is left out. FLOPs are those of PyTorch's counter for the forward and backward pass, taps
-of convolutions that only see padding included; the peak is that of a large matrix product in the
-same precision, measured in the same run.
+the first is left out. FLOPs are those of PyTorch's counter for the forward and backward pass; the
+peak is that of a large matrix product in the same precision, measured in the same run.
 """
 
 import argparse
