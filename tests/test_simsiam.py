@@ -344,7 +344,7 @@ def test_a_healthy_run_learns_and_gives_no_warning(tmp_path, capsys):
     ("seconds", "line"),
     [
         (11, "about 1m06s on this device\n"),  # 2 epochs of 3 steps
-        (16000, "about 26h40m on this device: use a GPU, fewer --epochs, or a cheaper encoder"),
+        (16000, "about 26h40m on this device\n  use a GPU, fewer --epochs, or a cheaper encoder"),
         (0.1, None),
     ],
 )
