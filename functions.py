@@ -776,25 +776,15 @@ def _load_digits() -> ImageData:
 
 def _load_cifar10(data_dir: Path, url: str | None) -> ImageData:
     """CIFAR-10 from the archive. Only files whose MD5 torchvision knows are unpickled."""
-    import tarfile
-
     from torchvision.datasets import CIFAR10
 
     folder = data_dir / CIFAR10.base_folder
     if not folder.is_dir():
         with _alone_in(data_dir):
-            archive = data_dir / CIFAR10.filename
-            _fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
-            try:
-                with (
-                    tempfile.TemporaryDirectory(dir=data_dir) as unpacked,
-                    tarfile.open(archive) as tar,
-                ):
-                    tar.extractall(unpacked, filter="data")  # refuses to write outside
-                    if not folder.is_dir():  # another process may have been here before
-                        os.replace(Path(unpacked) / CIFAR10.base_folder, folder)
-            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-                raise UserError(f"cannot unpack {archive} into {data_dir}: {error}") from error
+            if not folder.is_dir():  # nor has the process that was here before made it
+                archive = data_dir / CIFAR10.filename
+                _fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
+                _unpack(archive, folder)
     try:
         parts = [CIFAR10(str(data_dir), train=train) for train in (True, False)]
     except RuntimeError as error:
@@ -809,6 +799,21 @@ def _load_cifar10(data_dir: Path, url: str | None) -> ImageData:
         for part in parts
     )
     return ImageData("cifar10", CIFAR10_CLASSES, train, test)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack an archive that holds one folder, all of it or nothing."""
+    import tarfile
+
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent) as unpacked,
+            tarfile.open(archive) as tar,
+        ):
+            tar.extractall(unpacked, filter="data")  # refuses to write outside
+            os.replace(Path(unpacked) / folder.name, folder)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"cannot unpack {archive} into {folder.parent}: {error}") from error
 
 
 def _load_fashion_mnist(data_dir: Path, url: str | None) -> ImageData:
