@@ -275,8 +275,12 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1 (SLURM's warning), 141 for a closed pipe. Anything
     else is a bug and keeps its traceback.
     """
+    stopped: list[int] = []
 
     def stop(signal_number: int, frame: Any) -> typing.NoReturn:
+        stopped.append(signal_number)
+        if signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + signal_number)
 
     def lost(unraisable: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
@@ -284,7 +288,7 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
         if isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
             missed.append(unraisable.exc_value)
             signal.setitimer(signal.ITIMER_REAL, 0.1)
-        else:
+        elif not stopped:  # what is torn down half-made may complain
             before(unraisable)
 
     def again(signal_number: int, frame: Any) -> typing.NoReturn:
@@ -294,7 +298,7 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     stops = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
     for number in stops:
         signal.signal(number, stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # after interrupt.py
+    signal.signal(signal.SIGINT, stop)  # after interrupt.py
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.signal(signal.SIGALRM, again)
         sys.unraisablehook = lost

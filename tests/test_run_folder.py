@@ -950,6 +950,24 @@ functions.exit_cleanly(work)
     assert line.startswith("stopped by ")
 
 
+def test_what_is_torn_down_half_made_adds_no_line_to_a_stop():
+    program = """
+import functions, os, signal
+
+class Half:  # as llvmlite's objects are, when a signal comes while they are made
+    def __del__(self):
+        raise AttributeError("no attribute")
+
+def work():
+    half = Half()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+functions.exit_cleanly(work)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
+
+
 def test_bad_flag_exits_with_2_before_anything_is_done(monkeypatch, capsys, signals):
     monkeypatch.setattr(sys, "argv", ["simclr.py", "--epochs", "many"])
     with pytest.raises(SystemExit) as left:
