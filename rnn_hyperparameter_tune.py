@@ -367,6 +367,9 @@ def begin_at_once(connection: sqlalchemy.Connection) -> None:
 
     It has no row locks: two processes might read that a trial waits, and both begin it.
     """
+    plain = connection.connection.dbapi_connection
+    if plain.in_transaction:  # that Ctrl-C has cut off
+        plain.rollback()
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

@@ -249,7 +249,7 @@ def test_ctrl_c_leaves_no_trial_running_and_the_sweep_goes_on(tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "stopped by Ctrl-C" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors
