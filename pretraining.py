@@ -145,9 +145,8 @@ def crop_views(
     """
     size, scale = None if crop_only else config.view_size, (config.crop_scale_min, 1.0)
     views = functions.random_resized_crop(
-        functions.to_float(images), size, scale, generator=generator
+        functions.to_float(images), size, scale, flip=config.flip_probability, generator=generator
     )
-    views = functions.random_horizontal_flip(views, config.flip_probability, generator)
     if crop_only:
         return views
     views = functions.color_jitter(views, *config.jitter, config.jitter_probability, generator)

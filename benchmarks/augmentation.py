@@ -28,8 +28,7 @@ def ours(images: Tensor) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         views = functions.to_float(images)
-        views = functions.random_resized_crop(views, generator=generator)
-        views = functions.random_horizontal_flip(views, generator=generator)
+        views = functions.random_resized_crop(views, flip=0.5, generator=generator)
         views = functions.color_jitter(views, 0.8, 0.8, 0.8, 0.2, generator=generator)
         views = functions.random_grayscale(views, 0.2, generator)
         views = functions.gaussian_blur(views, 3, (0.1, 2.0), generator=generator)

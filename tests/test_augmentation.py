@@ -18,6 +18,9 @@ MEAN, STD = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.2, 0.25, 0.3])
 # those of SimCLR; blur gets a sigma that changes every image visibly.
 CHANCE = {
     "flip": lambda p, images, g: functions.random_horizontal_flip(images, p, g),
+    "flip in crop": lambda p, images, g: functions.random_resized_crop(
+        images, None, (1, 1), (1, 1), p, g
+    ),
     "brightness": lambda p, images, g: functions.color_jitter(images, 0.4, p=p, generator=g),
     "contrast": lambda p, images, g: functions.color_jitter(images, 0, 0.4, p=p, generator=g),
     "saturation": lambda p, images, g: functions.color_jitter(images, 0, 0, 0.4, p=p, generator=g),
@@ -29,7 +32,7 @@ CHANCE = {
 RANDOM = {
     "crop": lambda images, g: functions.random_resized_crop(images, scale=(0.2, 1), generator=g),
     **{
-        name: partial(op, 0.5 if name in ("flip", "grayscale") else 1.0)
+        name: partial(op, 0.5 if "flip" in name or name == "grayscale" else 1.0)
         for name, op in CHANCE.items()
     },
 }
@@ -169,6 +172,17 @@ def test_flip_and_grayscale_equal_torchvision_where_they_apply():
         torch.testing.assert_close(result[changed], expected[changed], rtol=0, atol=1e-5)
 
 
+def test_a_mirrored_crop_is_the_crop_mirrored_by_torchvision():
+    images = noise(64, 3, 9, 14)
+    plain = functions.random_resized_crop(images, (7, 11), generator=seeded())
+    result = functions.random_resized_crop(images, (7, 11), flip=0.5, generator=seeded())
+    mirrored = (result != plain).flatten(1).any(1)
+    assert 10 < mirrored.sum() < 54
+    torch.testing.assert_close(
+        result[mirrored], reference.horizontal_flip(plain[mirrored]), rtol=0, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", CHANCE)
 def test_probability_0_changes_nothing(name, channels):
@@ -193,7 +207,7 @@ def test_probability_is_per_sample(name):
     assert stats.binomtest(changed, len(images), 0.3).pvalue > 0.001
 
 
-@pytest.mark.parametrize("name", [n for n in RANDOM if n not in ("flip", "grayscale")])
+@pytest.mark.parametrize("name", [n for n in RANDOM if "flip" not in n and n != "grayscale"])
 def test_parameters_are_per_sample(name):
     images = noise(1, 3, 16, 16).repeat(12, 1, 1, 1)
     result = RANDOM[name](images, seeded()).flatten(1)
