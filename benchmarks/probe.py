@@ -13,6 +13,7 @@ import time
 
 import torch
 from common import report
+from simclr_epoch import resnet
 from torch import nn
 
 import functions
@@ -43,7 +44,7 @@ def main() -> None:
     functions.linear_probe(features, labels, features[test], labels[test], EPOCHS)
     ours = time.perf_counter() - began
 
-    plain = functions.make_encoder("resnet18", "imagenet", 3, 32).eval()
+    plain = resnet("imagenet").eval()
     layer = nn.Linear(512, 10)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
     for batch in range(arguments.batches + 1):

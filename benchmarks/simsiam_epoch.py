@@ -7,6 +7,9 @@
 batch (one draw for all its images), a forward pass per view, plain SGD in float32. `per image`
 draws for each PIL image as torchvision's documentation does, in the loader. Ours draws for each
 image, too; it is simsiam.py's own `pretrain`. Seconds are for all images, from the steps measured.
+Each runs in a process of its own. Beside them stand the peak memory and the share of the rate of a
+large matrix product in the precision that each computes in; FLOPs are those of PyTorch's counter
+for the forward and backward pass.
 """
 
 import argparse
@@ -17,8 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from common import report
+from common import apart, matrix_peak, report
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import functions
@@ -44,18 +48,13 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(picture), self.transform(picture)
 
 
-def per_batch(images: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+def batch_views(images: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Two views of each batch; all its images get the same ops."""
     augment = transforms.RandAugment(5, 9)
     normalize = transforms.Normalize(0.29, 0.35)
     data = torch.utils.data.TensorDataset(images)
     for (batch,) in torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True):
         yield tuple(normalize(augment(batch).float() / 255) for _ in range(2))
-
-
-def per_image(images: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Two views of each batch, drawn per image."""
-    return torch.utils.data.DataLoader(Pictures(images), BATCH, shuffle=True, drop_last=True)
 
 
 def plain_seconds(batches: Iterable[tuple[Tensor, Tensor]], images: Tensor, steps: int) -> float:
@@ -75,9 +74,28 @@ def plain_seconds(batches: Iterable[tuple[Tensor, Tensor]], images: Tensor, step
     return (time.perf_counter() - began) / step
 
 
-def our_seconds(train: functions.Split, steps: int) -> float:
+def load(dataset: str) -> functions.Split:
+    """The training images."""
+    return functions.load_images(dataset, "data").train
+
+
+def per_batch(dataset: str, steps: int) -> float:
+    """Seconds per step of the original way."""
+    images = load(dataset).images
+    return plain_seconds(batch_views(images), images, steps)
+
+
+def per_image(dataset: str, steps: int) -> float:
+    """Seconds per step where the loader draws for each image."""
+    images = load(dataset).images
+    loader = torch.utils.data.DataLoader(Pictures(images), BATCH, shuffle=True, drop_last=True)
+    return plain_seconds(loader, images, steps)
+
+
+def ours(dataset: str, steps: int) -> float:
     """Seconds per step of simsiam.py, its bookkeeping at the end of an epoch included."""
-    train = train.select(torch.arange(steps * BATCH))
+    functions.keep_freed_memory()
+    train = load(dataset).select(torch.arange(steps * BATCH))
     config = simsiam.Config(epochs=2, knn_every=0, keep_every=0, device="cpu")
     fabric = functions.make_fabric("cpu", "auto")
     channels, side = train.images.shape[1:3]
@@ -88,21 +106,38 @@ def our_seconds(train: functions.Split, steps: int) -> float:
     return history[-1]["seconds"] / steps
 
 
+def step_flops(images: Tensor) -> int:
+    """Of the forward and backward pass for two views of a batch."""
+    model = simsiam.SimSiam(channels=images.shape[1], image_size=images.shape[-1])
+    with FlopCounterMode(display=False) as counter:
+        z, p = model(torch.zeros(2 * BATCH, *images.shape[1:]))
+        (z.sum() + p.sum()).backward()
+    return counter.get_total_flops()
+
+
 def main() -> None:
     """Measure and print a row each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="fashion-mnist")
     parser.add_argument("--steps", type=int, default=40, help="steps to measure [40]")
     arguments = parser.parse_args()
-    train = functions.load_images(arguments.dataset, "data").train
+    train = load(arguments.dataset)
     steps = min(arguments.steps, len(train) // BATCH)
     epoch = len(train) / BATCH
-    ways = {"ours": our_seconds(train, steps)}
-    for name, batches in (("per batch", per_batch), ("per image", per_image)):
-        ways[name] = plain_seconds(batches(train.images), train.images, steps)
+    kinds = {ours: functions.pick_precision("cpu", "auto"), per_batch: "32-true"}
+    kinds[per_image] = "32-true"
+    peaks = {kind: matrix_peak("cpu", kind) for kind in set(kinds.values())}
+    flops = step_flops(train.images)
+    measured = {way: apart(way, arguments.dataset, steps) for way in kinds}
     rows = [
-        {"way": name, "s per epoch": seconds * epoch, "times ours": seconds / ways["ours"]}
-        for name, seconds in ways.items()
+        {
+            "way": way.__name__,
+            "s per epoch": seconds * epoch,
+            "times ours": seconds / measured[ours][0],
+            "GiB": memory,
+            "of peak": f"{flops / seconds / peaks[kinds[way]]:.1%}",
+        }
+        for way, (seconds, memory) in measured.items()
     ]
     size = f"{len(train):,} images, {torch.get_num_threads()} threads, {steps} steps measured"
     report(f"SimSiam epoch, {size}", rows)

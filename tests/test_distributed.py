@@ -212,16 +212,20 @@ def children(pid):
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
+def wait_for_an_epoch(process, folder):
+    for _ in range(600):
+        if (folder / "checkpoint.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("victim", ["child", "parent"])
 def test_a_killed_process_ends_all_and_the_run_goes_on_alone(tmp_path, victim):
     process = start(tmp_path, "--epochs", "400")
     folder = tmp_path / "simclr" / "run"
-    for _ in range(600):
-        if (folder / "checkpoint.pt").exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
+    wait_for_an_epoch(process, folder)
     others = children(process.pid)
     assert others
     os.kill(others[0] if victim == "child" else process.pid, signal.SIGKILL)
@@ -235,6 +239,24 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_alone(tmp_path, victim):
     config = dataclasses.replace(config, resume=str(folder), devices=1, stages="probe")
     with pytest.raises(functions.UserError, match="finished"):  # and can be read by one process
         simclr.main(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_terminal_or_batch_system_stops_all_processes(tmp_path, number, code):
+    process = start(tmp_path, "--epochs", "400")
+    folder = tmp_path / "simclr" / "run"
+    wait_for_an_epoch(process, folder)
+    assert children(process.pid)
+    began = time.monotonic()
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 5
+    assert process.returncode == code
+    (line,) = err.splitlines()
+    assert f"--resume {folder}" in line
+    assert functions.load_checkpoint(folder / "checkpoint.pt", "simclr")["epoch"] >= 1
 
 
 def test_more_devices_than_there_are(user_error, monkeypatch):
