@@ -41,8 +41,8 @@ COLUMNS = {  # key of the summary to the head of a column
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#555555")
 # Which columns of metrics.csv a panel shows, and the style of each.
 PANELS = {
-    "loss": {"loss": "-", "train_loss": "-", "validation_loss": "--"},
-    "accuracy (%)": {"knn_held_out": "-", "train_accuracy": "-", "validation_accuracy": "--"},
+    "loss": {"loss": "-", "train_loss": "--", "validation_loss": "-"},
+    "accuracy (%)": {"knn_held_out": "-", "train_accuracy": "--", "validation_accuracy": "-"},
 }
 
 
@@ -175,7 +175,7 @@ def differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[s
 
 
 def draw(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> None:
-    """Overlay the curves: a colour per group, dashed on validation images."""
+    """Overlay the curves: a colour per group, dashed on training images of rnn.py."""
     figure = functions.new_figure(10, 4)
     several = len(groups) > len(COLORS)
     colors = functions.class_colors(len(groups)) if several else COLORS[: len(groups)]
@@ -198,7 +198,7 @@ def draw(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> N
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if any(run.cell for runs in groups for run in runs):
-        figure.suptitle("Solid: training images; dashed: validation images", fontsize=10)
+        figure.suptitle("Training images dashed, validation images solid", fontsize=10)
     figure.legend(
         shown.values(), shown, loc="outside lower center", ncols=min(4, len(shown)), frameon=False
     )

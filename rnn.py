@@ -412,7 +412,8 @@ def main(config: Config) -> dict[str, Any]:
                 _, predictions = evaluate(model, data.test, mean, std)
             values = finish(model, cell, data, predictions, folder, history)
             summary = functions.update_summary(folder, values)
-        plot_comparison(folder / "comparison.png", history, config.cell_names, data.name)
+        if len(config.cell_names) > 1:
+            plot_comparison(folder / "comparison.png", history, config.cell_names, data.name)
         print(f"{'cell':6}{'validation':>12}{'test':>8}{'time':>9}")
         for cell in config.cell_names:
             print(

@@ -645,7 +645,7 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
         "train_fraction": config.train_fraction,
     }
     functions.write_json(folder / "best.json", best)
-    draw(study, folder, len(complete))
+    draw(study, folder, f"{config.cell.upper()} sweep on {Path(config.dataset).name}")
     print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")
     for rank, trial in enumerate(complete[:5], 1):
         p = trial.params
@@ -664,7 +664,7 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
     return best
 
 
-def draw(study: optuna.Study, folder: Path, complete: int) -> None:
+def draw(study: optuna.Study, folder: Path, title: str) -> None:
     """Draw the sweep: two plots of our own, and Optuna's where they stay legible.
 
     Diverged trials would squeeze all others into a line, so losses are cut off at one and a half
@@ -695,17 +695,23 @@ def draw(study: optuna.Study, folder: Path, complete: int) -> None:
             dots = zip(*((t.number, min(cap, loss)) for t, loss in chosen), strict=True)
             axes.scatter(*dots, s=14, color=color, label=state.lower())
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    best = list(itertools.accumulate((trial.value for trial in done), min))
-    axes.step([t.number for t in done], best, where="post", color="#009988", label="best so far")
-    functions.style_axes(axes, "trial", "validation loss of the last epoch")
-    functions.style_axes(lines, "epoch", "validation loss")
+    best = list(itertools.accumulate((min(cap, trial.value) for trial in done), min))
+    numbers = [trial.number for trial in done]
+    if done and trials[-1].number > numbers[-1]:
+        numbers, best = [*numbers, trials[-1].number], [*best, best[-1]]
+    axes.step(numbers, best, where="post", color="#009988", label="best so far")
+    highest = max(loss for trial in trials for loss in trial.intermediate_values.values())
+    note = f", cut off at {cap:.2f}" if highest > cap else ""
+    functions.style_axes(axes, "trial", f"last validation loss{note}")
+    functions.style_axes(lines, "epoch", f"validation loss{note}")
     for figure in (history, values):
+        figure.suptitle(title)
         figure.legend(frameon=False, loc="outside lower center", ncols=4)
     functions.save_figure(history, folder / "optimization_history.png")
     functions.save_figure(values, folder / "intermediate_values.png")
 
     wanted = {"timeline": lambda: plots.plot_timeline(study)}
-    if complete > 1:  # these two compare trials
+    if len(done) > 1:  # these two compare trials
         wanted["param_importances"] = lambda: plots.plot_param_importances(study)
         wanted["parallel_coordinate"] = lambda: plots.plot_parallel_coordinate(
             study, target=lambda trial: min(cap, trial.value), target_name="validation loss"
@@ -714,6 +720,11 @@ def draw(study: optuna.Study, folder: Path, complete: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental, and axes of a single value
             drawn: Any = plot().figure
+        drawn.axes[0].set_title("", loc="left")  # one of Optuna's titles is there
+        drawn.axes[0].set_title(f"{title}: {name.replace('_', ' ')}")
+        if name == "parallel_coordinate":
+            for each in drawn.axes:
+                each.grid(False)  # its lines look like the worst trials
         drawn.set_size_inches(10, 5)
         with functions.atomic_file(folder / f"{name}.png") as temporary:
             drawn.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
