@@ -248,6 +248,9 @@ class Objective:
         lost = sum(other.state.is_finished() and not is_finished(other) for other in before)
         if trial.number - lost >= self.config.trials:
             raise Surplus
+        if self.config.storage:  # first: only trials without a name are watched for want of one
+            storage: Any = trial.storage
+            storage.record_heartbeat(trial._trial_id)
         trial.set_user_attr("process", PROCESS)
         config = suggest_config(trial, self.config)
         trainer = make_trainer(config, [Pruning(trial)])

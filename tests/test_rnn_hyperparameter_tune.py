@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -285,6 +286,24 @@ def test_a_machine_that_died_before_its_first_heartbeat_is_not_waited_for(
     monkeypatch.setattr(tune, "GRACE", 2)
     tune.main(config)
     assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_trial_that_has_a_name_has_a_heartbeat(tmp_path, tiny, monkeypatch):
+    # Otherwise a machine that is killed between the two would be waited for for ever.
+    path, found = tmp_path / "shared.db", []
+    for name in ("start", "join"):  # Optuna's own first heartbeat may come at any time
+        monkeypatch.setattr(optuna.storages._heartbeat.HeartbeatThread, name, lambda self: None)
+    real = optuna.trial.Trial.set_user_attr
+
+    def spy(trial, key, value):
+        if key == "process":
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                found.append(database.execute("SELECT trial_id FROM trial_heartbeats").fetchall())
+        real(trial, key, value)
+
+    monkeypatch.setattr(optuna.trial.Trial, "set_user_attr", spy)
+    tune.main(small_config(tmp_path, storage=f"sqlite:///{path}", trials=1))
+    assert found == [[(1,)]]
 
 
 def test_a_ctrl_c_that_gets_lost_stops_the_sweep_after_the_trial(tmp_path, tiny, monkeypatch):
