@@ -1375,21 +1375,20 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     with k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green, blue. Masks are numbers here: on a
     CPU, torch.where takes as long as 40 additions.
     """
-    red, green, blue = images.unbind(1)  # (B, H, W) each
-    value = torch.maximum(torch.maximum(red, green), blue)
-    least = torch.minimum(torch.minimum(red, green), blue)
+    value, least = images.amax(1), images.amin(1)  # (B, H, W)
     chroma = value - least
     divisor = chroma.clamp_min(1e-12)  # grey has no hue, and its chroma of 0 hides what comes out
-    r, g, b = ((plane - least).div_(divisor) for plane in (red, green, blue))  # the largest: 1
-    hue = torch.lerp((r - g).add_(4), (b - r).add_(2), g.floor())
-    hue = torch.lerp(hue, g - b, r.floor()).div_(6).add_(shift[:, None, None])  # of a circle
-    turned = torch.empty_like(images)
-    for channel, n in enumerate((5, 3, 1)):
-        # k is 2 where this fraction is a half; min(k, 4 - k) is 2 less the distance from there
-        fraction = (hue + ((n - 2) / 6 + 1.5)).frac_()
-        weight = fraction.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1)
-        torch.addcmul(value, chroma, weight, value=-1, out=turned[:, channel])
-    return turned
+    share = (images - least[:, None]).div_(divisor[:, None])  # of the largest, which has exactly 1
+    red, green, blue = share.unbind(1)
+    hues = green - blue, (blue - red).add_(2), (red - green).add_(4)  # where that is the largest
+    is_red, is_green, _ = share.floor_().unbind(1)
+    hue = hues[2].lerp_(hues[1], is_green).lerp_(hues[0], is_red)
+    hue.div_(6).add_(shift[:, None, None])  # of a circle
+    # k is 2 where this fraction is a half: min(k, 4 - k) is 2 less the distance from there
+    offset = 2 - torch.arange(3, device=images.device)[:, None, None] / 3  # (n - 2) / 6, and 1.5
+    fraction = torch.add(hue[:, None], offset, out=share).frac_()  # (B, 3, H, W)
+    weight = fraction.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return weight.mul_(chroma[:, None]).neg_().add_(value[:, None])
 
 
 def color_jitter(

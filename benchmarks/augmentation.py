@@ -105,6 +105,7 @@ def main() -> None:
     else:
         noise = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=noise)
+    functions.keep_freed_memory()  # as the scripts do
     contenders = {}
     for make in (ours, torchvision_pil, torchvision_v2, kornia):
         try:
