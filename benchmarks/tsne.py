@@ -23,7 +23,7 @@ import functions
 
 
 def ours(features: np.ndarray) -> np.ndarray:
-    """PCA to 50 dimensions, then scikit-learn's t-SNE with all threads."""
+    """PCA to 50 dimensions, then fewer and coarser steps of scikit-learn's t-SNE."""
     return functions.project_2d(torch.from_numpy(features), "tsne", seed=0)
 
 
