@@ -88,8 +88,24 @@ def report(title: str, rows: list[dict[str, Any]]) -> None:
             "  " + "  ".join(w.ljust(n) if i == 0 else w.rjust(n) for i, (w, n) in enumerate(words))
         )
     if path := os.environ.get("BENCHMARK_RESULTS"):
-        saved = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        saved = json.loads(Path(path).read_text()) if Path(path).exists() else {"about": about()}
         Path(path).write_text(json.dumps({**saved, title: rows}, indent=2) + "\n")
+
+
+def about() -> dict[str, Any]:
+    """What the numbers depend on besides the code that is measured."""
+    import torch
+
+    import functions
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "hardware": functions.hardware(device),
+        "threads": torch.get_num_threads(),
+        "commit": functions._git_commit(),
+        "versions": functions._versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _text(value: Any) -> str:
