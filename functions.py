@@ -104,6 +104,16 @@ class RunConfig:
                 f"--name must be a plain folder name, not {self.name!r}",
             )
 
+    @classmethod
+    def to_start_from(cls, arguments: Sequence[str]) -> RunConfig:
+        """What the flags of a command line change: with `--resume` the folder's, else the defaults.
+
+        Raises:
+            UserError: a run folder that cannot be read.
+        """
+        folder = find_flag("--resume", arguments)
+        return cls() if folder is None else load_config(cls, folder)
+
 
 @dataclass(frozen=True)
 class TrainingConfig(RunConfig):
@@ -196,7 +206,7 @@ def _parse_flags(config_class: type, arguments: Sequence[str], defaults: Any, te
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def parse_config(config_class: type, arguments: Sequence[str], text: str) -> Any:
+def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: str) -> Any:
     """Parse a command line into a `Config`.
 
     With `--resume RUN_FOLDER` the settings saved there are the defaults, and `open_run` refuses a
@@ -205,11 +215,14 @@ def parse_config(config_class: type, arguments: Sequence[str], text: str) -> Any
     Raises:
         UserError: an unknown flag, a bad value, or a run folder that cannot be read.
     """
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--resume")
-    folder = first.parse_known_args(arguments)[0].resume
-    defaults = config_class() if folder is None else load_config(config_class, folder)
-    return _parse_flags(config_class, arguments, defaults, text)
+    return _parse_flags(config_class, arguments, config_class.to_start_from(arguments), text)
+
+
+def find_flag(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of one flag of a command line, None when it is not there."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value")
+    return parser.parse_known_args(arguments)[0].value
 
 
 def load_config(config_class: type, folder: str | Path) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -54,8 +55,11 @@ class PretrainingConfig(functions.TrainingConfig):
         0, "training", "epochs between checkpoints that are kept in checkpoints/; 0 for none"
     )
 
-    view_size: int | None = setting(
-        None, "views", "side of the views in pixels, to save time; without it that of the images"
+    view_size: str | None = setting(
+        None,
+        "views",
+        "side of the views in pixels, to save time; 16,16,24: the last third of the epochs with "
+        "larger ones; without it that of the images",
     )
     crop_scale_min: float = setting(0.2, "views", "smallest area of a crop, as a share")
     flip_probability: float = setting(0.5, "views", "probability of a horizontal flip")
@@ -82,9 +86,18 @@ class PretrainingConfig(functions.TrainingConfig):
             self.devices >= 1 and self.batch_size % self.devices == 0,
             f"--batch-size {self.batch_size} does not divide among --devices {self.devices}",
         )
+        sides = [] if self.view_size is None else self.view_size.split(",")
         require(
-            self.view_size is None or (self.view_size >= 1 and self.encoder != "small"),
-            "--view-size must be at least 1 pixel, and needs a ResNet, which takes any size",
+            all(re.fullmatch(" *[1-9][0-9]{0,3} *", side) for side in sides),
+            f"--view-size takes whole numbers from 1 to 9,999, not {self.view_size!r}",
+        )
+        require(
+            len(sides) <= self.epochs,
+            f"--view-size {self.view_size} has more parts than there are --epochs",
+        )
+        require(
+            not sides or self.encoder != "small",
+            "--view-size needs a ResNet, which takes any size",
         )
         good = 8 <= self.width <= 1024 and self.width % 8 == 0
         require(good, f"--width must be a multiple of 8 up to 1,024, not {self.width}")
@@ -110,6 +123,16 @@ class PretrainingConfig(functions.TrainingConfig):
         """The stages to do."""
         return tuple(name.strip() for name in self.stages.split(","))
 
+    def view_side(self, epoch: int) -> int | None:
+        """Side of the views in an epoch, from 0; None for that of the images.
+
+        Each number of `--view-size` holds for an equal part of the epochs.
+        """
+        if self.view_size is None:
+            return None
+        sides = [int(side) for side in self.view_size.split(",")]
+        return sides[epoch * len(sides) // self.epochs]
+
     def label_counts(self, images: int) -> list[int]:
         """The numbers of labels of the study, ascending; those above `images` are left out."""
         parts = [part.strip() for part in self.labels.split(",")]
@@ -130,6 +153,7 @@ def crop_views(
     images: Tensor,
     config: PretrainingConfig,
     generator: functions.Generator,
+    size: int | None = None,
     crop_only: bool = False,
 ) -> Tensor:
     """Crop, flip, colour jitter, grey and blur with the settings of the group `views`.
@@ -138,14 +162,15 @@ def crop_views(
         images: `(B, C, H, W)`, uint8 or float in [0, 1].
         config: probabilities and strengths.
         generator: on the images' device.
-        crop_only: leave out what changes colours, and keep the images' size.
+        size: side of the views; without it they are as large as the images.
+        crop_only: leave out what changes colours.
 
     Returns:
-        `(B, C, H, W)` in [0, 1]; H and W are `config.view_size` where it is given.
+        `(B, C, H, W)` in [0, 1].
     """
-    size, scale = None if crop_only else config.view_size, (config.crop_scale_min, 1.0)
+    scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
     views = functions.random_resized_crop(
-        functions.to_float(images), size, scale, flip=config.flip_probability, generator=generator
+        functions.to_float(images), size, scale, flip=flip, generator=generator
     )
     if crop_only:
         return views
@@ -162,7 +187,8 @@ class Pretraining:
 
     `for images, generator in training.batches():` yields the batches of all epochs that are left;
     its body makes views, embeds them with `training.model`, and ends with `training.step(loss, z)`.
-    After each epoch: `checkpoint.pt`, then a row of `metrics.csv`.
+    The views have the side `training.view_size`, None for that of the images. After each epoch:
+    `checkpoint.pt`, then a row of `metrics.csv`.
 
     Args:
         script: whose checkpoints these are.
@@ -204,6 +230,7 @@ class Pretraining:
         self.start = 0
         self.history: list[dict[str, Any]] = []
         self._warm: float | None = None
+        self.view_size: int | None = None
         self.warned = False
         self._z = torch.empty(0, 0)
         if config.resume is not None and (folder / "checkpoint.pt").exists():
@@ -233,6 +260,7 @@ class Pretraining:
         ):
             for epoch in range(self.start, config.epochs):
                 began = time.perf_counter()
+                self.view_size = config.view_side(epoch)
                 order = torch.randperm(
                     len(self.train), generator=functions.epoch_generator(config.seed, epoch)
                 ).to(device)
@@ -262,11 +290,16 @@ class Pretraining:
             self._warm = time.perf_counter()
         elif self._warm is not None and (passed := time.perf_counter() - self._warm) > 10:
             self._warm = None
-            seconds = passed / (step - 1) * self.steps * (self.config.epochs - self.start)
+            seconds = passed / (step - 1) * self.steps * (1 + self._epochs_after(epoch))
             self.bar.write(f"about {functions.format_seconds(seconds)} on this device")
             if seconds > 24 * 3600:
                 hint = "use a GPU, fewer --epochs, or a cheaper encoder"
                 self.bar.write(f"  {hint} (--stem imagenet, --encoder small)")
+
+    def _epochs_after(self, epoch: int) -> float:
+        """The epochs that follow one, counted in its cost: that grows with the views' area."""
+        sides = [self.config.view_side(e) or 1 for e in range(epoch, self.config.epochs)]
+        return sum((side / sides[0]) ** 2 for side in sides[1:])
 
     def _shard(self, generator: torch.Generator) -> functions.Generator:
         if self.fabric.world_size == 1:
@@ -330,7 +363,7 @@ class Pretraining:
         self._warn_of_collapse(row)
         if done % max(1, config.epochs // 20) == 0:
             knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
-            left = functions.format_seconds(seconds * (config.epochs - done))
+            left = functions.format_seconds(seconds * self._epochs_after(epoch))
             self.bar.write(
                 f"epoch {done:4}/{config.epochs}  loss {row['loss']:.4f}  "
                 f"{row['images_per_second']:,.0f} images/s  {left} left{knn}"

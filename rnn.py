@@ -18,7 +18,7 @@ import math
 import time
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ class Config(functions.TrainingConfig):
     """The defaults are the original's hyperparameters."""
 
     config: str | None = setting(
-        None, "run", "best.json of rnn_hyperparameter_tune.py, whose settings to take"
+        None, "run", "best.json of rnn_hyperparameter_tune.py, whose settings are the defaults"
     )
     cells: str = setting("rnn,lstm,gru", "model", "which of rnn,lstm,gru to train, in this order")
     hidden_size: int = setting(256, "model", "units of the recurrent layers")
@@ -82,6 +82,14 @@ class Config(functions.TrainingConfig):
     def cell_names(self) -> list[str]:
         """The cells to train."""
         return [name.strip() for name in self.cells.split(",")]
+
+    @classmethod
+    def to_start_from(cls, arguments: Sequence[str]) -> functions.RunConfig:
+        """With `--config` the tuner's best settings; a run to resume keeps what it began with."""
+        path = functions.find_flag("--config", arguments)
+        if path is None or functions.find_flag("--resume", arguments) is not None:
+            return super().to_start_from(arguments)
+        return read_best(path)
 
 
 def rows_from_images(images: Tensor) -> Tensor:
@@ -384,7 +392,6 @@ def main(config: Config) -> dict[str, Any]:
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
-    config = with_best(config)
     device = functions.pick_device(config.device)
     data, validation = load_splits(config)
     with functions.open_run("rnn", config) as folder:
@@ -457,30 +464,22 @@ BEST = (
 )
 
 
-def with_best(config: Config) -> Config:
-    """Take the settings of the tuner's `best.json`, when `config.config` names one.
+def read_best(path: str) -> Config:
+    """The settings in the tuner's `best.json`, all others at their defaults.
 
     Raises:
-        UserError: the file is missing or damaged, or a flag contradicts it.
+        UserError: the file is missing or damaged.
     """
-    if config.config is None or config.resume is not None:  # a run keeps what it began with
-        return config
-    path = Path(config.config)
-    best = functions.read_json(path)
-    hints, changes = typing.get_type_hints(Config), {}
+    best, hints = functions.read_json(Path(path)), typing.get_type_hints(Config)
+    values = {}
     for name in BEST:
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
         field = "cells" if name == "cell" else name
         right = functions.is_of(best[name], hints[field])
         require(right, f"{path} is damaged: {name!r} cannot be {str(best[name])[:60]!r}")
-        given, default = getattr(config, field), getattr(Config, field)
-        require(
-            given in (default, best[name]),
-            f"{functions.flag(field)} {given} contradicts {path}, which says {best[name]}",
-        )
-        changes[field] = best[name]
+        values[field] = best[name]
     try:
-        return dataclasses.replace(config, **changes)
+        return Config(config=path, **values)
     except functions.UserError as error:
         raise functions.UserError(f"{path} is damaged: {error}") from error
 

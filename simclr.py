@@ -189,7 +189,7 @@ def pretrain(
     training = pretraining.Pretraining("simclr", model, optimizer, train, config, folder, fabric)
     for images, generator in training.batches():
         pairs = images.repeat(2, 1, 1, 1)  # (2B, C, H, W), all first views, then all second views
-        views = pretraining.crop_views(pairs, config, generator)
+        views = pretraining.crop_views(pairs, config, generator, training.view_size)
         views = functions.normalize(views, training.mean, training.std)
         z = training.model(views.contiguous(memory_format=torch.channels_last))  # (2B, D)
         loss = nt_xent_loss(z, config.temperature, training.gather(z), training.rows)

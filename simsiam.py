@@ -325,13 +325,15 @@ def make_views(
     config: Config,
     generator: functions.Generator,
     host_generator: functions.Generator,
+    size: int | None = None,
 ) -> Tensor:
     """One random view `(B, C, H, W)` in [0, 1] of each uint8 image `(B, C, H, W)`.
 
-    `generator` lives on the images' device, `host_generator` on the CPU.
+    `generator` lives on the images' device, `host_generator` on the CPU. Crops may have another
+    `size` than the images.
     """
     if config.augmentation == "crop":
-        return pretraining.crop_views(images, config, generator)
+        return pretraining.crop_views(images, config, generator, size)
     ops, negative = draw_randaugment(len(images), config.num_ops, host_generator)
     return functions.to_float(rand_augment(images, ops, negative, config.magnitude))
 
@@ -367,7 +369,7 @@ def pretrain(
     )
     for images, generator in training.batches():
         pairs = images.repeat(2, 1, 1, 1)  # (2B, C, H, W), all first views, then all second views
-        views = make_views(pairs, config, generator, training.host_generator)
+        views = make_views(pairs, config, generator, training.host_generator, training.view_size)
         views = functions.normalize(views, training.mean, training.std)
         z, p = training.model(views.contiguous(memory_format=torch.channels_last))  # (2B, D)
         (z1, z2), (p1, p2) = z.chunk(2), p.chunk(2)  # (B, D) each

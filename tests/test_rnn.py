@@ -247,7 +247,11 @@ def test_best_json_sets_the_model(tmp_path):
     best["augmentation"] = "none"
     path = tmp_path / "best.json"
     path.write_text(json.dumps(best))
-    config = rnn.with_best(rnn.Config(dataset="digits", config=str(path)))
+
+    def parse(*flags: str) -> rnn.Config:
+        return functions.parse_config(rnn.Config, ["--config", str(path), *flags], "")
+
+    config = parse("--dataset", "digits")
     assert (config.cells, config.batch_size, config.learning_rate) == ("lstm", 32, 0.01)
     assert config.augmentation == "none"
     data, _ = rnn.load_splits(config)
@@ -259,9 +263,9 @@ def test_best_json_sets_the_model(tmp_path):
         6,
         10,
     ]
-    path.rename(tmp_path / "moved.json")  # a run that has begun needs it no more
-    again = dataclasses.replace(config, resume="a folder")
-    assert rnn.with_best(again) == again
+    # A flag changes what the file says, also one that is given its default.
+    assert parse("--hidden-size", "99").hidden_size == 99
+    assert parse("--batch-size", str(rnn.Config.batch_size)).batch_size == rnn.Config.batch_size
     for change, words in (
         ({"l2": "7"}, "'l2' cannot be '7'"),
         ({"batch_size": True}, "'batch_size' cannot be 'True'"),
@@ -270,13 +274,17 @@ def test_best_json_sets_the_model(tmp_path):
     ):
         path.write_text(json.dumps(best | change))
         with pytest.raises(functions.UserError, match=words):
-            rnn.with_best(rnn.Config(config=str(path)))
+            parse()
     path.write_text(json.dumps({k: v for k, v in best.items() if k != "l3"}))
     with pytest.raises(functions.UserError, match="lacks 'l3'"):
-        rnn.with_best(rnn.Config(config=str(path)))
-    path.write_text(json.dumps(best))
-    with pytest.raises(functions.UserError, match="--hidden-size 99 contradicts"):
-        rnn.with_best(rnn.Config(config=str(path), hidden_size=99))
+        parse()
+    folder = tmp_path / "run"  # a run that has begun needs the file no more
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    path.unlink()
+    assert parse("--resume", str(folder)) == dataclasses.replace(config, resume=str(folder))
+    with pytest.raises(functions.UserError, match=r"best\.json"):
+        parse()
 
 
 @pytest.mark.parametrize("cell", rnn.CELLS)

@@ -130,7 +130,7 @@ def test_a_sweep_writes_its_results_and_goes_on(tmp_path, tiny, capsys):
     assert again[:3] == rows
     assert len(again) == 5
     assert len({row["learning_rate"] for row in again}) == 5  # no draw is repeated
-    config = rnn.with_best(rnn.Config(config=str(folder / "best.json")))
+    config = rnn.read_best(str(folder / "best.json"))
     assert config.learning_rate == json.loads((folder / "best.json").read_text())["learning_rate"]
 
 
@@ -270,7 +270,7 @@ def test_the_winner_s_command_has_what_its_training_needs(tmp_path, tiny, capsys
     place = lines.index("Train the winner with:")
     words = shlex.split((lines[place + 1] + "\n" + lines[place + 2]).replace("\\\n", ""))
     assert words[:2] == ["python", "rnn.py"]
-    config = rnn.with_best(functions.parse_config(rnn.Config, words[2:], ""))
+    config = functions.parse_config(rnn.Config, words[2:], "")
     assert (config.dataset, config.seed, config.device) == ("digits", 3, "cpu")
     assert config.hidden_size in (8, 16)
     assert max(map(len, lines[place : place + 2])) <= 80

@@ -65,13 +65,15 @@ def other_value(name):
         return tuple(value / 2 for value in default)
     if isinstance(default, bool):
         return not default
-    if name in ("width", "view_size"):
+    if name == "width":
         return 24
     if isinstance(default, int):
         return default + 1
     if isinstance(default, float):
         return default / 2 or 0.5
-    return {"stages": "probe,embed", "labels": "7,all"}.get(name, "another one")
+    return {"stages": "probe,embed", "labels": "7,all", "view_size": "16,24"}.get(
+        name, "another one"
+    )
 
 
 def arguments_for(name, value):

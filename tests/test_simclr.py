@@ -375,8 +375,8 @@ def test_views_with_everything_off_are_the_images():
 def test_smaller_views_are_the_crop_at_that_size():
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     off = {f"{name}_probability": 0.0 for name in ("flip", "jitter", "grayscale", "blur")}
-    config = simclr.Config(encoder="resnet18", view_size=8, crop_scale_min=1.0, **off)
-    views = pretraining.crop_views(images, config, torch.Generator().manual_seed(0))
+    config = simclr.Config(encoder="resnet18", crop_scale_min=1.0, **off)
+    views = pretraining.crop_views(images, config, torch.Generator().manual_seed(0), 8)
     boxes = functions.draw_crop_boxes(
         images, (1.0, 1.0), generator=torch.Generator().manual_seed(0)
     )
@@ -385,8 +385,48 @@ def test_smaller_views_are_the_crop_at_that_size():
     assert kept.any()
     # Bilinear at half the size is the mean of four pixels.
     assert torch.allclose(views[kept], F.avg_pool2d(images[kept] / 255, 2), atol=1e-6)
-    same = pretraining.crop_views(images, config, torch.Generator().manual_seed(0), crop_only=True)
-    assert same.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "epochs", "sides"),
+    [
+        ("8", 3, [8, 8, 8]),
+        ("8,12,16", 3, [8, 12, 16]),
+        ("8,8,16", 6, [8, 8, 8, 8, 16, 16]),
+        ("8, 16", 3, [8, 8, 16]),
+    ],
+)
+def test_view_sizes_share_the_epochs(tmp_path, monkeypatch, sizes, epochs, sides):
+    seen = []
+    original = simclr.SimCLR.forward
+
+    def forward(model, images):
+        seen.append(images.shape[2:])
+        return original(model, images)
+
+    monkeypatch.setattr(simclr.SimCLR, "forward", forward)
+    config = small_config(
+        tmp_path, encoder="resnet18", width=8, view_size=sizes, epochs=epochs, batch_size=700
+    )
+    simclr.main(dataclasses.replace(config, stages="pretrain", knn_every=0))
+    assert seen == [(side, side) for side in sides for _ in range(2)]  # two batches per epoch
+
+
+def test_the_time_that_is_left_counts_larger_views(tmp_path):
+    config = simclr.Config(view_size="16,16,24", epochs=6)
+    model = simclr.SimCLR(width=8)
+    training = pretraining.Pretraining(
+        "simclr",
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        functions.load_images("digits").train,
+        config,
+        tmp_path,
+        functions.make_fabric("cpu", "float32"),
+    )
+    assert training._epochs_after(2) == 1 + 2 * 2.25
+    assert training._epochs_after(4) == 1
+    assert training._epochs_after(5) == 0
 
 
 @pytest.mark.parametrize("width", [0, 12, -8, 2048])
@@ -397,11 +437,14 @@ def test_width_is_checked(user_error, width):
 
 def test_views_of_another_size_need_an_encoder_and_views_that_have_one(user_error):
     with user_error("--view-size", "ResNet"):
-        simclr.Config(encoder="small", view_size=8)
-    with user_error("--view-size", "at least 1"):
-        simclr.Config(view_size=0)
+        simclr.Config(encoder="small", view_size="8")
+    for text in ("0", "8,", "", "-8", "8.5", "8;16", "1" * 5000):
+        with user_error("--view-size", "1 to 9,999"):
+            simclr.Config(view_size=text)
+    with user_error("--view-size", "more parts"):
+        simclr.Config(view_size="8,16,24", epochs=2)
     with user_error("--view-size", "--augmentation crop"):
-        simsiam.Config(encoder="resnet18", view_size=8)
+        simsiam.Config(encoder="resnet18", view_size="8")
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_crop_views_are_the_shared_ones():
     config = simsiam.Config(augmentation="crop", blur_probability=0.5)
     views = simsiam.make_views(images, config, seeded(1), seeded(2))
     assert torch.equal(views, pretraining.crop_views(images, config, seeded(1)))
+    assert simsiam.make_views(images, config, seeded(1), seeded(2), 8).shape == (6, 3, 8, 8)
 
 
 @pytest.mark.parametrize(("num_ops", "magnitude"), [(5, 9), (2, 24)])

@@ -279,7 +279,7 @@ def load_config(folder):
 
 
 def load_best(folder):
-    config = rnn.with_best(rnn.Config(config=str(folder / "best.json")))
+    config = rnn.read_best(str(folder / "best.json"))
     return {k: v for k, v in dataclasses.asdict(config).items() if k != "config"}
 
 
@@ -1008,7 +1008,7 @@ def best_with(**changes):
         (folder / "best.json").write_text(json.dumps(BEST | changes))
 
         def action():
-            config = rnn.with_best(rnn.Config(dataset="digits", config=str(folder / "best.json")))
+            config = rnn.read_best(str(folder / "best.json"))
             rnn.make_model(config, config.cells, functions.load_images("digits"))
 
         return action
