@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help install demo test test-faults bench lint format clean
+.PHONY: help install demo cpu-hour test test-faults bench lint format clean
 help:
 	@echo "make demo    pretrain on the embedded digits, probe, draw (about a minute)"
+	@echo "make cpu-hour  SimCLR on CIFAR-10, an hour on two cores; DATASET=path for a folder"
 	@echo "make test    lint and tests"
 	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
 	@echo "make bench   speed and memory beside the alternatives: half an hour; DATASET=path for CIFAR-10"
@@ -27,6 +28,12 @@ install: .venv/installed
 demo: .venv/installed
 	$(BIN)/python simclr.py --dataset digits --encoder small --epochs 200 --batch-size 256 \
 		--crop-scale-min 0.35 --flip-probability 0 --temperature 0.2 --pixel-baseline
+
+# More or fewer --epochs take another time; the recipe stays.
+cpu-hour: .venv/installed
+	$(BIN)/python simclr.py --dataset $(or $(DATASET),cifar10) --width 32 --view-size 16,16,16,24 \
+		--epochs 54 --batch-size 256 --learning-rate 0.15 --warmup-epochs 2 --temperature 0.1 \
+		--knn-every 0
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -53,6 +53,13 @@ def test_every_command_is_understood(script, flags):
     functions.parse_config(module.Config, flags, "")
 
 
+def assert_same_settings(config, committed):
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    both = ours.keys() & committed.keys() - set(reproduce.LEFT_OUT)
+    assert {key: ours[key] for key in both} == {key: committed[key] for key in both}
+    assert len(both) > 10
+
+
 RESULTS = sorted(ROOT.glob("docs/results/*/config*.json"))
 
 
@@ -62,15 +69,24 @@ def test_a_result_is_run_again_with_its_settings(path):
     first, *later = reproduce.commands(committed, "again")
     config_class = importlib.import_module(committed["script"]).Config
     config = functions.parse_config(config_class, first[1:], "")
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
     if "computed_in" in committed:  # another machine may not choose the same
         kinds = {"32-true": "float32", "bf16-mixed": "bfloat16"}
         committed["precision"] = kinds[committed["computed_in"]]
-    both = ours.keys() & committed.keys() - set(reproduce.LEFT_OUT)
-    assert {key: ours[key] for key in both} == {key: committed[key] for key in both}
-    assert len(both) > 10
+    assert_same_settings(config, committed)
     for words in later:
         assert words[words.index("--resume") + 1] == f"results/{committed['script']}/again"
+
+
+@pytest.mark.parametrize(
+    ("target", "result"),
+    [("demo", "simclr-digits/config"), ("cpu-hour", "simclr-cpu-hour/config")],
+)
+def test_a_target_of_make_has_the_settings_of_its_result(target, result):
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python simclr.py (.*)", text, re.MULTILINE)
+    flags = shlex.split(recipe[1].replace("$(or $(DATASET),cifar10)", "data/cifar10-images"))
+    config = functions.parse_config(importlib.import_module("simclr").Config, flags, "")
+    assert_same_settings(config, json.loads((ROOT / f"docs/results/{result}.json").read_text()))
 
 
 def test_a_result_is_reproduced(tmp_path):
