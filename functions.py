@@ -2430,7 +2430,7 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
 
 
 def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
-    """Row-normalised confusion matrix in percent; numbered from 0.5 on, up to 20 classes."""
+    """Row-normalised confusion matrix in percent; numbers for up to 20 classes, none for a 0."""
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = float(np.clip(0.55 * len(classes) + 2, 4.5, 14))
     figure = new_figure(side + 1, side)
@@ -2445,13 +2445,13 @@ def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], ti
     if len(classes) <= 20:
         for row, values in enumerate(share.tolist()):
             for column, value in enumerate(values):
-                if value < 0.5:  # an empty cell reads better than a 0
+                number = f"{value:.0f}"
+                if number == "0":  # an empty cell reads better
                     continue
                 color = "white" if value > 60 else "black"
                 size = 8 if len(classes) <= 12 else 6
-                axes.text(
-                    column, row, f"{value:.0f}", ha="center", va="center", color=color, size=size
-                )
+                where = {"ha": "center", "va": "center"}
+                axes.text(column, row, number, color=color, size=size, **where)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)

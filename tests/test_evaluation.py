@@ -552,6 +552,15 @@ def confusion(path, classes):
     functions.plot_confusion_matrix(path, matrix, [f"name {i}" for i in range(classes)], "title")
 
 
+def test_cells_of_the_confusion_matrix_that_round_to_0_are_empty(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(functions, "save_figure", lambda figure, path: figures.append(figure))
+    matrix = torch.tensor([[995, 5, 0], [0, 994, 6], [300, 0, 700]])
+    functions.plot_confusion_matrix(tmp_path / "plot.png", matrix, ["a", "b", "c"], "title")
+    cells = {text.get_position()[::-1]: text.get_text() for text in figures[0].axes[0].texts}
+    assert cells == {(0, 0): "100", (1, 1): "99", (1, 2): "1", (2, 0): "30", (2, 2): "70"}
+
+
 PLOTS = {
     "loss": lambda path: functions.plot_loss(path, history(5), "title"),
     "loss of one epoch": lambda path: functions.plot_loss(path, history(1), "title"),

@@ -47,8 +47,8 @@ def test_every_command_is_understood(script, flags):
     module = importlib.import_module(script)
     if flags == ["--help"]:
         return
-    if "--resume" in flags:  # of a run that is not there
-        place = flags.index("--resume")
+    for name in {"--resume", "--config"} & set(flags):  # of a run that is not there
+        place = flags.index(name)
         flags = flags[:place] + flags[place + 2 :]
     functions.parse_config(module.Config, flags, "")
 
