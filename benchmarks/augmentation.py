@@ -114,7 +114,7 @@ def main() -> None:
             print(f"{make.__name__} is left out: {error}")
     seconds = in_turns(contenders)
     rows = [
-        {"way": name, "images/s": COUNT / value, "times ours": value / seconds["ours"]}
+        {"way": name, "images/s": COUNT / value, "time / ours": value / seconds["ours"]}
         for name, value in seconds.items()
     ]
     report(f"Augmentation, {COUNT} images, {torch.get_num_threads()} threads", rows)

@@ -68,7 +68,7 @@ def measure(shape: tuple[int, int, int]) -> None:
     }
     seconds = in_turns(contenders)
     rows = [
-        {"way": name, "images/s": COUNT / value, "times ours": value / seconds["ours"]}
+        {"way": name, "images/s": COUNT / value, "time / ours": value / seconds["ours"]}
         for name, value in seconds.items()
     ]
     size = " x ".join(map(str, (COUNT, *shape)))

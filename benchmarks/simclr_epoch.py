@@ -217,7 +217,7 @@ def main() -> None:
                 "way": name,
                 "images/s": rate,
                 "s per epoch": 50_000 / rate,
-                "times ours": seconds / best,
+                "time / ours": seconds / best,
                 "GiB": memory,
                 **shares,
             }

@@ -133,7 +133,7 @@ def main() -> None:
         {
             "way": way.__name__,
             "s per epoch": seconds * epoch,
-            "times ours": seconds / measured[ours][0],
+            "time / ours": seconds / measured[ours][0],
             "GiB": memory,
             "of peak": f"{flops / seconds / peaks[kinds[way]]:.1%}",
         }

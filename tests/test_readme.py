@@ -1,6 +1,5 @@
 """What the README says can be typed, and what it shows is there."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -11,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import reproduce
 import torch
 from lightly.loss import BarlowTwinsLoss
 
@@ -51,61 +49,6 @@ def test_every_command_is_understood(script, flags):
         place = flags.index(name)
         flags = flags[:place] + flags[place + 2 :]
     functions.parse_config(module.Config, flags, "")
-
-
-def assert_same_settings(config, committed):
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    both = ours.keys() & committed.keys() - set(reproduce.LEFT_OUT)
-    assert {key: ours[key] for key in both} == {key: committed[key] for key in both}
-    assert len(both) > 10
-
-
-RESULTS = sorted(ROOT.glob("docs/results/*/config*.json"))
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=[f"{p.parent.name}/{p.stem}" for p in RESULTS])
-def test_a_result_is_run_again_with_its_settings(path):
-    committed = json.loads(path.read_text())
-    first, *later = reproduce.commands(committed, "again")
-    config_class = importlib.import_module(committed["script"]).Config
-    config = functions.parse_config(config_class, first[1:], "")
-    if "computed_in" in committed:  # another machine may not choose the same
-        kinds = {"32-true": "float32", "bf16-mixed": "bfloat16"}
-        committed["precision"] = kinds[committed["computed_in"]]
-    assert_same_settings(config, committed)
-    for words in later:
-        assert words[words.index("--resume") + 1] == f"results/{committed['script']}/again"
-
-
-@pytest.mark.parametrize(
-    ("target", "result"),
-    [("demo", "simclr-digits/config"), ("cpu-hour", "simclr-cpu-hour/config")],
-)
-def test_a_target_of_make_has_the_settings_of_its_result(target, result):
-    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python simclr.py (.*)", text, re.MULTILINE)
-    flags = shlex.split(recipe[1].replace("$(or $(DATASET),cifar10)", "data/cifar10-images"))
-    config = functions.parse_config(importlib.import_module("simclr").Config, flags, "")
-    assert_same_settings(config, json.loads((ROOT / f"docs/results/{result}.json").read_text()))
-
-
-def test_a_result_is_reproduced(tmp_path):
-    command = [sys.executable, str(ROOT / "docs/results/reproduce.py"), "simclr-digits"]
-    done = subprocess.run(
-        [*command, "--epochs", "1", "--stages", "pretrain"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "results" / "simclr" / "reproduced-simclr-digits"
-    assert json.loads((folder / "config.json").read_text())["crop_scale_min"] == 0.35
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # it goes on, and finds everything done
-    assert "--resume" in done.stdout
-    done = subprocess.run([*command[:2], "nothing"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "simclr-digits" in done.stderr
 
 
 def test_what_the_readme_points_to_is_there():

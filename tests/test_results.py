@@ -1,0 +1,195 @@
+"""The committed results: the README's numbers are theirs, and they can be run again."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import reproduce
+
+import compare
+import functions
+
+ROOT = Path(functions.__file__).resolve().parent
+TEXT = (ROOT / "README.md").read_text()
+RESULTS = sorted(ROOT.glob("docs/results/*/config*.json"))
+
+
+def table(heading):
+    """The rows of the first table below a heading, as head of the column to cell."""
+    part = TEXT[TEXT.index(f"\n{heading}\n") :]
+    lines = re.search(r"^\|.*\n(\|.*\n)+", part, re.MULTILINE)[0].splitlines()
+    head, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def measured(name):
+    """The runs of a committed result as compare.py reads them, those of other seeds together."""
+    runs = []
+    for config in sorted((ROOT / "docs/results" / name).glob("config*.json")):
+        suffix = config.stem.removeprefix("config")
+        with tempfile.TemporaryDirectory() as folder:
+            for file in (Path("config.json"), Path("summary.json"), Path("metrics.csv")):
+                shutil.copy(
+                    config.with_name(f"{file.stem}{suffix}{file.suffix}"), Path(folder, file)
+                )
+            runs += compare.read_run(Path(folder))
+    return compare.group(runs)
+
+
+def numbers(text):
+    """Those with one decimal, and the deviation of each."""
+    return re.findall(r"\d+\.\d\b(?: ± \d+\.\d)?", text)
+
+
+def shown(runs):
+    """What compare.py shows of runs that differ in their seed, without their name."""
+    (_, row) = compare.table([runs], ["name"])
+    return row[1:]
+
+
+def is_time(text, runs):
+    """Whether the README's time is that of the runs, in minutes or from shortest to longest."""
+    seconds = [r.summary["seconds"] - r.summary.get("study_seconds", 0) for r in runs]
+    minutes = f"{statistics.mean(seconds) / 60:.0f} min"
+    return text in (minutes, f"{round(min(seconds))} to {round(max(seconds))} s")
+
+
+def rows_of_results():
+    name = None
+    for row in table("## Numbers"):
+        name = name if row["`make reproduce-`"] == "the same" else row["`make reproduce-`"]
+        yield pytest.param(name.strip("`"), row, id=f"{row['script']} {row['setting']}")
+
+
+@pytest.mark.parametrize(("name", "row"), list(rows_of_results()))
+def test_the_results_table_says_what_was_measured(name, row):
+    if row["script"].startswith("sweep"):
+        best = json.loads((ROOT / "docs/results" / name / "best.json").read_text())
+        assert row["result"] == f"validation loss {best['validation_loss']:.3f}"
+        return
+    script, cell = re.fullmatch(r"`(\w+)\.py` ?(\w*)", row["script"]).groups()
+    right = [
+        runs
+        for runs in measured(name)
+        if (runs[0].script, runs[0].cell) == (script, cell.lower())
+        and {row["seeds"], *numbers(row["result"])} <= set(shown(runs))
+        and is_time(row["time"].strip(" \\*"), runs)
+    ]
+    assert right, [shown(runs) for runs in measured(name)]
+
+
+def test_the_hour_is_what_was_measured():
+    by_epochs = {str(len(runs[0].rows)): runs for runs in measured("simclr-cpu-hour")}
+    rows = table("### An hour on two cores")
+    assert {row["`--epochs`"] for row in rows} == set(by_epochs)
+    for row in rows:
+        seeds, *scores, _, minutes = shown(by_epochs[row["`--epochs`"]])
+        columns = ("linear probe", "kNN", "10 labels per class")
+        assert [row[name] for name in columns] == [f"{score} %" for score in scores]
+        assert row["seeds"] == seeds
+        assert row["minutes"] == minutes.split()[0]
+
+
+def test_the_cells_are_what_was_measured():
+    names = [
+        path.name for path in (ROOT / "docs/results").glob("rnn-*") if "sweep" not in path.name
+    ]
+    runs = [group[0] for name in names if name != "rnn-exploration" for group in measured(name)]
+    known = {
+        (
+            r.cell.upper(),
+            f"{r.summary['validation_accuracy']:.1%} / {r.summary['test_accuracy']:.1%}",
+        )
+        for r in runs
+    }
+    said = {
+        (cell, pair.replace(" / ", "% / ").replace(" %", "%"))
+        for row in table("### Row by row")
+        for cell, pair in row.items()
+        if cell and pair
+    }
+    assert said == known
+
+
+def test_simclr_beside_simsiam_is_what_was_measured():
+    found = measured("simclr-simsiam-fashion-mnist")
+    by_batch = {(runs[0].script, f"{runs[0].settings['batch_size']:,}"): runs for runs in found}
+    rows = table("### SimCLR beside SimSiam")
+    assert {(row[""].lower(), row["batch"]) for row in rows} == set(by_batch)
+    for row in rows:
+        runs = by_batch[row[""].lower(), row["batch"]]
+        assert [row[name] for name in ("seeds", "linear probe", "kNN")] == shown(runs)[:3]
+        fastest = min(epoch["seconds"] for run in runs for epoch in run.rows)
+        assert row["fastest epoch"].split()[0] == f"{fastest:.0f}"
+
+
+def test_few_labels_are_what_was_measured():
+    summary = json.loads((ROOT / "docs/results/simsiam-fashion-mnist/summary.json").read_text())
+    rows = table("### Few labels")
+    assert len(rows) == 5
+    for row in rows:
+        labels, *said = (cell.replace(",", "") for cell in row.values())
+        scores = [method[labels] for method in summary["label_efficiency"].values()]
+        means = [f"{100 * s['macro_f1']:.1f} ± {100 * s['macro_f1_sd']:.1f}" for s in scores]
+        assert said == means
+
+
+def assert_same_settings(config, committed):
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    both = ours.keys() & committed.keys() - set(reproduce.LEFT_OUT)
+    assert {key: ours[key] for key in both} == {key: committed[key] for key in both}
+    assert len(both) > 10
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[f"{p.parent.name}/{p.stem}" for p in RESULTS])
+def test_a_result_is_run_again_with_its_settings(path):
+    committed = json.loads(path.read_text())
+    first, *later = reproduce.commands(committed, "again")
+    config_class = importlib.import_module(committed["script"]).Config
+    config = functions.parse_config(config_class, first[1:], "")
+    if "computed_in" in committed:  # another machine may not choose the same
+        kinds = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+        committed["precision"] = kinds[committed["computed_in"]]
+    assert_same_settings(config, committed)
+    for words in later:
+        assert words[words.index("--resume") + 1] == f"results/{committed['script']}/again"
+
+
+@pytest.mark.parametrize(
+    ("target", "result"),
+    [("demo", "simclr-digits/config"), ("cpu-hour", "simclr-cpu-hour/config")],
+)
+def test_a_target_of_make_has_the_settings_of_its_result(target, result):
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python simclr.py (.*)", text, re.MULTILINE)
+    flags = shlex.split(recipe[1].replace("$(or $(DATASET),cifar10)", "data/cifar10-images"))
+    config = functions.parse_config(importlib.import_module("simclr").Config, flags, "")
+    assert_same_settings(config, json.loads((ROOT / f"docs/results/{result}.json").read_text()))
+
+
+def test_a_result_is_reproduced(tmp_path):
+    command = [sys.executable, str(ROOT / "docs/results/reproduce.py"), "simclr-digits"]
+    done = subprocess.run(
+        [*command, "--epochs", "1", "--stages", "pretrain"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "simclr" / "reproduced-simclr-digits"
+    assert json.loads((folder / "config.json").read_text())["crop_scale_min"] == 0.35
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # it goes on, and finds everything done
+    assert "--resume" in done.stdout
+    done = subprocess.run([*command[:2], "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "simclr-digits" in done.stderr
