@@ -117,8 +117,8 @@ def test_reads_the_committed_runs():
     runs = compare.read_run(REPOSITORY / "docs" / "results" / "rnn-original")
     assert [run.cell for run in runs] == ["rnn", "lstm"]
     path = REPOSITORY / "docs" / "results" / "rnn-original" / "metrics.csv"
-    last = [row for row in csv.DictReader(path.open()) if row["cell"] == "gru"][-1]
-    assert runs[2].rows[-1]["validation_loss"] == float(last["validation_loss"])
+    last = [row for row in csv.DictReader(path.open()) if row["cell"] == "lstm"][-1]
+    assert runs[1].rows[-1]["validation_loss"] == float(last["validation_loss"])
 
 
 @pytest.mark.parametrize(
