@@ -45,9 +45,11 @@ def measured(name):
     return compare.group(runs)
 
 
-def numbers(text):
-    """Those with one decimal, and the deviation of each."""
-    return re.findall(r"\d+\.\d\b(?: ± \d+\.\d)?", text)
+def scores(text):
+    """The column of compare.py's table and the number of each result such as `kNN 69.0 ± 0.2 %`."""
+    columns = {"linear": "linear probe %", "kNN": "kNN %", "": "test %"}
+    found = re.findall(r"(linear|kNN|) ?\b(\d+\.\d(?: ± \d+\.\d)?) %", text)
+    return {(columns[name], value) for name, value in found}
 
 
 def shown(runs):
@@ -77,12 +79,14 @@ def test_the_results_table_says_what_was_measured(name, row):
         assert row["result"] == f"validation loss {best['validation_loss']:.3f}"
         return
     script, cell = re.fullmatch(r"`(\w+)\.py` ?(\w*)", row["script"]).groups()
+    said = {("seeds", row["seeds"]), *scores(row["result"])}
+    assert len(said) > 1
     right = [
         runs
         for runs in measured(name)
         if (runs[0].script, runs[0].cell) == (script, cell.lower())
-        and {row["seeds"], *numbers(row["result"])} <= set(shown(runs))
-        and is_time(row["time"].strip(" \\*"), runs)
+        and said <= set(zip(*compare.table([runs], ["name"]), strict=True))
+        and is_time(row["time"].strip(" *"), runs)
     ]
     assert right, [shown(runs) for runs in measured(name)]
 
