@@ -38,7 +38,7 @@ cpu-hour: .venv/installed
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy *.py
+	$(BIN)/mypy *.py support
 
 test: lint
 	$(BIN)/python -m pytest

@@ -10,8 +10,6 @@ standard deviation). The cells of rnn.py are rows of their own.
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401
-
 import argparse
 import statistics
 import sys
@@ -21,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import functions
-from functions import require
+from support import files
+from support.errors import require
+from support.runs import exit_cleanly
+from support.settings import FREE_ON_RESUME, Parser
 
 # What config.json says besides the settings, and settings that change no result.
 FACTS = frozenset(
     {"command", "commit", "versions", "hardware", "threads", "processes", "started", "resumed"}
-)
+    | {"data", *FREE_ON_RESUME}
+) - {"dataset"}
 COLUMNS = {  # key of the summary to the head of a column
     "linear_probe_accuracy": "linear probe %",
     "knn_accuracy": "kNN %",
@@ -39,6 +41,7 @@ COLUMNS = {  # key of the summary to the head of a column
 }
 # Paul Tol's "bright" scheme, whose lines are easier to tell apart than the classes' colours.
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#555555")
+KINDS = (".png", ".pdf", ".svg")
 # Which columns of metrics.csv a panel shows, and the style of each.
 PANELS = {
     "loss": {"loss": "-", "train_loss": "--", "validation_loss": "-"},
@@ -60,7 +63,7 @@ class Run:
 
 def number(text: str) -> float | None:
     """A cell of metrics.csv; empty ones, as of kNN between its epochs, are None."""
-    return functions.finite(text) if text else None
+    return files.finite(text) if text else None
 
 
 def read_run(folder: Path) -> list[Run]:
@@ -69,10 +72,10 @@ def read_run(folder: Path) -> list[Run]:
     Raises:
         UserError: no folder of a finished run, or a file of it is damaged.
     """
-    config = functions.read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json")
     path = folder / "summary.json"
     require(path.exists(), f"{folder} has no summary.json: the run is not finished, or is a sweep")
-    summary = functions.read_json(path)
+    summary = files.read_json(path)
     path = folder / "metrics.csv"
     require(path.is_file(), f"{folder} has no metrics.csv")
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -80,9 +83,9 @@ def read_run(folder: Path) -> list[Run]:
     kinds: dict[str, Callable[[str], Any]] = {
         name: str if name == "cell" else number for name in head
     }
-    rows = functions.read_csv(path, kinds)
+    rows = files.read_csv(path, kinds)
     require({"epoch"} <= set(head) and bool(rows), f"{path} is damaged: it holds no epochs")
-    settings = {k: v for k, v in config.items() if k not in FACTS | functions.FREE_ON_RESUME}
+    settings = {k: v for k, v in config.items() if k not in FACTS}
     cells = list(dict.fromkeys(row.get("cell", "") for row in rows))
     return [
         Run(
@@ -174,7 +177,7 @@ def differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[s
     return lines
 
 
-def draw(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> None:
+def plot_curves(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> None:
     """Overlay the curves: a colour per group, dashed on training images of rnn.py."""
     figure = functions.new_figure(10, 4)
     several = len(groups) > len(COLORS)
@@ -186,7 +189,7 @@ def draw(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> N
                 if not curve:
                     continue
                 epochs, means, low, high = zip(*curve, strict=True)
-                label = name if style == "-" else None
+                label = functions.plain(name) if style == "-" else None
                 marker = "o" if len(epochs) < 3 else None
                 axes.plot(epochs, means, style, color=color, label=label, marker=marker)
                 if len(runs) > 1:
@@ -228,19 +231,24 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
     Raises:
         UserError: a folder that holds no finished run, or a figure that cannot be written.
     """
-    parser = functions.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument(
-        "--figure", type=Path, default=Path("comparison.png"), help="PNG to write [comparison.png]"
+        "--figure",
+        type=Path,
+        default=Path("comparison.png"),
+        help="picture to write: PNG, PDF or SVG [comparison.png]",
     )
     parsed = parser.parse_args(arguments)
+    kind = parsed.figure.suffix
+    require(kind in KINDS, f"--figure takes a name that ends in {', '.join(KINDS)}")
+    places = [folder.resolve() for folder in parsed.runs]
+    twice = [
+        str(run) for run, place in zip(parsed.runs, places, strict=True) if places.count(place) > 1
+    ]
+    require(not twice, f"{' and '.join(twice)} are the same run")
     runs = [run for folder in parsed.runs for run in read_run(folder)]
-    require(
-        len({(r.name, r.script, r.cell, r.settings.get("seed")) for r in runs}) > 1,
-        "give at least two runs to compare",
-    )
+    require(len(runs) > 1, "give at least two runs to compare")
     groups = group(runs)
     names = labels(groups)
     rows = table(groups, names)
@@ -250,10 +258,10 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
         if i == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     print(*differences(groups, names), sep="\n")
-    draw(groups, names, parsed.figure)
+    plot_curves(groups, names, parsed.figure)
     print(f"The curves are in {parsed.figure}.")
     return rows
 
 
 if __name__ == "__main__":
-    functions.exit_cleanly(lambda: main(sys.argv[1:]))
+    exit_cleanly(lambda: main(sys.argv[1:]))

@@ -12,12 +12,9 @@ settings reach 57, 67 and 70 % on a JPEG copy of CIFAR-10, in 17, 21 and 48 minu
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401
-
 import dataclasses
 import math
 import time
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,15 +26,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
-import recurrent
-from functions import require, setting
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    progress,
+    recurrent,
+    runs,
+    settings,
+)
+from support.errors import UserError, require
+from support.settings import setting
 
 CELLS = {"rnn": recurrent.RNN, "lstm": nn.LSTM, "gru": recurrent.GRU}
 
 
 @dataclass(frozen=True)
-class Config(functions.TrainingConfig):
+class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weight_decay=5.2e-4):
     """The defaults are the original's hyperparameters."""
+
+    SCRIPT = "rnn"
 
     config: str | None = setting(
         None, "run", "best.json of rnn_hyperparameter_tune.py, whose settings are the defaults"
@@ -51,9 +62,6 @@ class Config(functions.TrainingConfig):
     recurrent_init: Literal["uniform", "orthogonal"] = setting(
         "uniform", "model", "first recurrent weights: PyTorch's uniform, or orthogonal"
     )
-    batch_size: int = setting(64, "training", "images per step")
-    learning_rate: float = setting(2.2e-4, "training", "Adam's first learning rate")
-    weight_decay: float = setting(5.2e-4, "training", "Adam's L2 penalty")
     schedule: Literal["plateau", "cosine"] = setting(
         "plateau", "training", "plateau: a tenth of the rate when the validation loss stays"
     )
@@ -74,7 +82,7 @@ class Config(functions.TrainingConfig):
         for name in ("hidden_size", "num_layers", "l2", "l3"):
             most = 100 if name == "num_layers" else 65_536
             good = 1 <= getattr(self, name) <= most
-            require(good, f"{functions.flag(name)} must be at least 1, at most {most}")
+            require(good, f"{settings.flag(name)} must be at least 1, at most {most}")
         require(0 <= self.dropout < 1, f"--dropout must be in [0, 1), not {self.dropout}")
         require(self.patience >= 0, "--patience must not be negative")
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
@@ -85,10 +93,10 @@ class Config(functions.TrainingConfig):
         return [name.strip() for name in self.cells.split(",")]
 
     @classmethod
-    def to_start_from(cls, arguments: Sequence[str]) -> functions.RunConfig:
+    def to_start_from(cls, arguments: Sequence[str]) -> Any:
         """With `--config` the tuner's best settings; a run to resume keeps what it began with."""
-        path = functions.find_flag("--config", arguments)
-        if path is None or functions.find_flag("--resume", arguments) is not None:
+        path = settings.find_flag("--config", arguments)
+        if path is None or settings.find_flag("--resume", arguments) is not None:
             return super().to_start_from(arguments)
         return read_best(path)
 
@@ -105,31 +113,21 @@ def rows_from_images(images: Tensor) -> Tensor:
 class RowRNN(nn.Module):
     """A recurrent network over rows and an MLP on its output after the last row."""
 
-    def __init__(
-        self,
-        cell: str,
-        input_size: int = 96,
-        hidden_size: int = 256,
-        num_layers: int = 1,
-        num_classes: int = 10,
-        l2: int = 64,
-        l3: int = 64,
-        dropout: float = 0.5,
-        recurrent_init: str = "uniform",
-    ):
+    def __init__(self, config: Config, cell: str, input_size: int, num_classes: int):
         super().__init__()
         require(cell in CELLS, f"unknown cell {cell!r}: use {', '.join(CELLS)}")
-        self.recurrent = CELLS[cell](input_size, hidden_size, num_layers, batch_first=True)
-        if recurrent_init == "orthogonal":  # keeps gradients alive over many steps (Saxe 2014)
-            for name, weights in self.recurrent.named_parameters():
+        hidden, dropout = config.hidden_size, config.dropout
+        self.recurrent = CELLS[cell](input_size, hidden, config.num_layers, batch_first=True)
+        if config.recurrent_init == "orthogonal":  # keeps gradients alive over many steps
+            for name, weights in self.recurrent.named_parameters():  # (Saxe et al. 2014)
                 if name.startswith("weight_hh"):
-                    for gate in weights.split(hidden_size):  # (hidden_size, hidden_size)
+                    for gate in weights.split(hidden):  # (hidden, hidden)
                         nn.init.orthogonal_(gate)
-        self.mlp = nn.Sequential(
-            *(nn.Linear(hidden_size, l2), nn.BatchNorm1d(l2), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.Linear(l2, l3), nn.BatchNorm1d(l3), nn.ReLU(), nn.Dropout(dropout)),
-            nn.Linear(l3, num_classes),
-        )
+        layers: list[nn.Module] = []
+        for inputs, units in ((hidden, config.l2), (config.l2, config.l3)):
+            layers += [nn.Linear(inputs, units), nn.BatchNorm1d(units), nn.ReLU()]
+            layers += [nn.Dropout(dropout)]
+        self.mlp = nn.Sequential(*layers, nn.Linear(config.l3, num_classes))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of sequences `(B, H, C * W)`."""
@@ -137,19 +135,17 @@ class RowRNN(nn.Module):
         return self.mlp(outputs[:, -1])
 
 
-def make_model(config: Config, cell: str, data: functions.ImageData) -> RowRNN:
+def make_model(config: Config, cell: str, data: datasets.ImageData) -> RowRNN:
     """The model of `config` for this data, its weights drawn from `config.seed`."""
     channels, _, width = data.train.images.shape[1:]
-    functions.seed_everything(config.seed)
-    sizes = (config.hidden_size, config.num_layers, len(data.classes), config.l2, config.l3)
-    return RowRNN(cell, channels * width, *sizes, config.dropout, config.recurrent_init)
+    devices.seed_everything(config.seed)
+    return RowRNN(config, cell, channels * width, len(data.classes))
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Adam, fused: several times faster than the default on a CPU."""
-    fused = next(model.parameters()).device.type != "mps"
     rate, decay = config.learning_rate, config.weight_decay
-    return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=fused)
+    return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True)
 
 
 def make_scheduler(
@@ -174,18 +170,20 @@ loss_function = F.cross_entropy
 
 
 def autocast(config: Config) -> torch.autocast:
-    """bfloat16 where `functions.pick_precision` says so, as under Lightning's `Trainer`.
+    """bfloat16 where `devices.pick_precision` says so, as under Lightning's `Trainer`.
 
     Each use casts the weights anew: with the cache, the gradient of a recurrent weight would be
     summed over the rows in bfloat16.
     """
-    enabled = functions.pick_precision(config.device, config.precision) == "bf16-mixed"
-    device = functions.pick_device(config.device)
+    enabled = devices.pick_precision(config.device, config.precision) == "bf16-mixed"
+    device = devices.pick_device(config.device)
     return torch.autocast(device, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def load_splits(config: Config) -> tuple[functions.ImageData, functions.Split]:
+def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
     """The data with a tenth of the training images taken out, and that tenth for validation.
+
+    All are normalised with the statistics of the images that are left to train on.
 
     Raises:
         UserError: the data cannot be used, has no labels, or is smaller than a batch.
@@ -201,22 +199,23 @@ def load_splits(config: Config) -> tuple[functions.ImageData, functions.Split]:
         config.batch_size <= len(train),
         f"--batch-size {config.batch_size} is larger than the training set ({len(train)} images)",
     )
-    return dataclasses.replace(data, train=train), validation
+    data = dataclasses.replace(data, train=train).measured()
+    return data, validation.normalized_as(data.train)
 
 
-def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Augment float images `(B, C, H, W)` in [0, 1], each with its own parameters.
 
     `original` is what the public version of this experiment meant to do; `standard` mirrors and
     shifts by up to a sixteenth of the side (two pixels of 32).
     """
     if kind == "original":
-        images = functions.random_horizontal_flip(images, 0.5, generator)
-        images = functions.random_horizontal_flip(images.mT, 0.5, generator).mT  # vertical
+        images = augment.random_horizontal_flip(images, 0.5, generator)
+        images = augment.random_horizontal_flip(images.mT, 0.5, generator).mT  # vertical
         images = random_rotation(images, 90, generator)
-        return functions.color_jitter(images, 0.5, 0.5, 0.5, 0.5, generator=generator)
+        return augment.color_jitter(images, 0.5, 0.5, 0.5, 0.5, generator=generator)
     if kind == "standard":
-        images = functions.random_horizontal_flip(images, 0.5, generator)
+        images = augment.random_horizontal_flip(images, 0.5, generator)
         return random_shift(images, max(1, images.shape[-1] // 16), generator)
     return images
 
@@ -254,21 +253,13 @@ class Batches:
     nothing but `(config.seed, epoch)`. Lightning's `Trainer` takes it as a data loader.
     """
 
-    def __init__(
-        self, split: functions.Split, mean: Tensor, std: Tensor, config: Config, epoch: int
-    ):
+    def __init__(self, split: datasets.Split, config: Config, epoch: int):
         self.split, self.config, self.epoch = split, config, epoch
-        self.mean, self.std = mean, std
         # Without augmentation the pixels are put in row order once, not at every step.
         self.plain = config.augmentation == "none"
-        if self.plain:
-            self.images = rows_from_images(split.images)
-            columns = split.images.shape[-1]
-            self.mean, self.std = (
-                value.to(split.images.device).repeat_interleave(columns) for value in (mean, std)
-            )
-        else:
-            self.images = split.images
+        self.images = rows_from_images(split.images) if self.plain else split.images
+        columns = split.images.shape[-1]
+        self.mean, self.std = (v.repeat_interleave(columns) for v in (split.mean, split.std))
 
     def __len__(self) -> int:
         # A last batch of one image would have no variance for BatchNorm.
@@ -277,31 +268,29 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, seed, epoch = self.images.device, self.config.seed, self.epoch
         self.epoch += 1
-        torch.manual_seed(functions.epoch_generator(seed, epoch, stream=2).initial_seed())
-        order = torch.randperm(
-            len(self.split), generator=functions.epoch_generator(seed, epoch)
-        ).to(device)
-        generator = functions.epoch_generator(seed, epoch, device, stream=1)
+        torch.manual_seed(devices.epoch_generator(seed, epoch, stream=2).initial_seed())
+        order = torch.randperm(len(self.split), generator=devices.epoch_generator(seed, epoch)).to(
+            device
+        )
+        generator = devices.epoch_generator(seed, epoch, device, stream=1)
         for step in range(len(self)):
             index = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
-            images = functions.to_float(self.images[index])
+            images = datasets.to_float(self.images[index])
             if self.plain:
                 rows = images.sub_(self.mean).div_(self.std)  # (B, H, C * W)
             else:
-                images = augment(images, self.config.augmentation, generator)
-                rows = rows_from_images(functions.normalize(images, self.mean, self.std))
+                images = augmented(images, self.config.augmentation, generator)
+                rows = rows_from_images(self.split.normalize(images))
             yield rows, self.split.labels[index]
 
 
-def evaluate(
-    model: nn.Module, split: functions.Split, mean: Tensor, std: Tensor
-) -> tuple[float, Tensor]:
+def evaluate(model: nn.Module, split: datasets.Split) -> tuple[float, Tensor]:
     """Mean loss and predictions `(N,)` in eval mode, without augmentation."""
     with functions.evaluating(model):
         logits = torch.cat(
             [
-                model(rows_from_images(functions.normalize(functions.to_float(part), mean, std)))
-                for part in split.images.split(1000)
+                model(rows_from_images(split.normalize(images)))
+                for images in split.images.split(1000)
             ]
         ).float()  # (N, K)
     return loss_function(logits, split.labels).item(), logits.argmax(1)
@@ -310,9 +299,9 @@ def evaluate(
 def train(
     model: nn.Module,
     cell: str,
-    splits: tuple[functions.Split, functions.Split],
+    splits: tuple[datasets.Split, datasets.Split],
     config: Config,
-    folder: Path,
+    run: runs.Run,
     history: list[dict[str, Any]],
 ) -> None:
     """Train one cell until `config.epochs`, from the folder's checkpoint when it is the cell's.
@@ -322,33 +311,29 @@ def train(
         cell: its name.
         splits: training and validation images.
         config: the settings.
-        folder: gets `checkpoint.pt` and a row of `metrics.csv` after each epoch.
+        run: its folder gets `checkpoint.pt` and a row of `metrics.csv` after each epoch.
         history: the rows of all cells so far; this cell's are appended.
 
     Raises:
         Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
     """
-    mean, std = functions.channel_statistics(splits[0].images)
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
+    checkpoint = run.folder / "checkpoint.pt"
     done = [row for row in history if row["cell"] == cell]
     with warnings.catch_warnings():  # of a step of the scheduler before one of the optimizer
         warnings.simplefilter("ignore")
         for row in done:  # the scheduler is a function of the losses that it has seen
             advance(scheduler, row["validation_loss"])
     if done:  # after the scheduler, whose replay changes the learning rate
-        functions.restore(folder / "checkpoint.pt", "rnn", model, optimizer)
-    batches = Batches(splits[0], mean, std, config, len(done))
-    size = config.batch_size
-    images_left = (config.epochs - len(done)) * len(batches) * size
-    with (
-        functions.progress_bar(images_left, cell) as bar,
-        functions.metric_logger(config, folder) as log,
-    ):
+        checkpoints.restore(checkpoint, model, optimizer)
+    batches = Batches(splits[0], config, len(done))
+    size, device = config.batch_size, splits[0].images.device
+    with progress.bar((config.epochs - len(done)) * len(batches) * size, cell) as bar:
         for epoch in range(len(done), config.epochs):
             began = time.perf_counter()
-            losses = functions.EpochLoss(len(batches), epoch + 1, splits[0].images.device)
-            correct = torch.zeros((), dtype=torch.long, device=splits[0].images.device)
+            losses = progress.EpochLoss(len(batches), epoch + 1, device)
+            correct = torch.zeros((), dtype=torch.long, device=device)
             model.train()
             for rows, labels in batches:
                 with autocast(config):
@@ -363,19 +348,18 @@ def train(
             row = {"cell": cell, "epoch": epoch + 1, "train_loss": losses.mean()}
             row["train_accuracy"] = correct.item() / (len(batches) * size)
             with autocast(config):
-                row["validation_loss"], predictions = evaluate(model, splits[1], mean, std)
+                row["validation_loss"], predictions = evaluate(model, splits[1])
             row["validation_accuracy"] = functions.accuracy(predictions, splits[1].labels)
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
             row["seconds"] = time.perf_counter() - began
             advance(scheduler, row["validation_loss"])
             history.append(row)
-            functions.save_checkpoint(
-                folder / "checkpoint.pt", "rnn", epoch + 1, model, optimizer, history, config
-            )
-            functions.write_csv(folder / "metrics.csv", history)
-            log({f"{cell}_{name}": value for name, value in row.items()}, epoch + 1)
+            checkpoints.check_finite(epoch + 1, model, optimizer)
+            checkpoints.save(checkpoint, epoch + 1, model, optimizer, history, config)
+            files.write_csv(run.folder / "metrics.csv", history)
+            run.log({f"{cell}_{name}": value for name, value in row.items()}, epoch + 1)
             if (epoch + 1) % max(1, config.epochs // 20) == 0:
-                left = functions.format_seconds(row["seconds"] * (config.epochs - epoch - 1))
+                left = progress.format_seconds(row["seconds"] * (config.epochs - epoch - 1))
                 bar.write(
                     f"{cell:4} epoch {epoch + 1:3}/{config.epochs}  loss {row['train_loss']:.4f}  "
                     f"validation {row['validation_loss']:.4f} "
@@ -393,18 +377,17 @@ def main(config: Config) -> dict[str, Any]:
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
-    device = functions.pick_device(config.device)
+    device = devices.pick_device(config.device)
     data, validation = load_splits(config)
-    with functions.open_run("rnn", config) as folder:
-        checkpoint = folder / "checkpoint.pt"
+    with runs.open_run(config, data.fingerprint()) as run:
+        checkpoint = run.folder / "checkpoint.pt"
         history: list[dict[str, Any]] = []
         if config.resume is not None and checkpoint.exists():
-            history = functions.load_checkpoint(checkpoint, "rnn")["history"]
-            functions.write_csv(folder / "metrics.csv", history)
+            history = checkpoints.load(checkpoint)["history"]
+            files.write_csv(run.folder / "metrics.csv", history)
         print(data)
         print(f"{len(validation):,} images of the training set are kept for validation")
         data, validation = data.to(device), validation.to(device)
-        mean, std = functions.channel_statistics(data.train.images)
         begun = list(dict.fromkeys(row["cell"] for row in history))
         summary: dict[str, Any] = {}
         for cell in config.cell_names:
@@ -412,31 +395,32 @@ def main(config: Config) -> dict[str, Any]:
                 continue  # trained and evaluated before the next cell began
             model = make_model(config, cell, data).to(device)
             print(
-                f"{cell}: {functions.count_parameters(model):,} parameters, "
-                f"on {functions.hardware(config.device)}"
+                f"{cell}: {encoders.count_parameters(model):,} parameters, "
+                f"on {devices.hardware(config.device)}"
             )
-            train(model, cell, (data.train, validation), config, folder, history)
+            train(model, cell, (data.train, validation), config, run, history)
             with autocast(config):
-                _, predictions = evaluate(model, data.test, mean, std)
-            values = finish(model, cell, data, predictions, folder, history)
-            summary = functions.update_summary(folder, values)
+                _, predictions = evaluate(model, data.test)
+            values = finish(model, cell, data, predictions, run.folder, history)
+            summary = run.summarize(values, config.epochs)
         if len(config.cell_names) > 1:
-            plot_comparison(folder / "comparison.png", history, config.cell_names, data.name)
+            path = run.folder / "comparison.png"
+            plot_comparison(path, history, config.cell_names, data.name)
         print(f"{'cell':6}{'validation':>12}{'test':>8}{'time':>9}")
         for cell in config.cell_names:
             print(
                 f"{cell:6}{summary[f'{cell}_validation_accuracy']:12.1%}"
                 f"{summary[f'{cell}_test_accuracy']:8.1%}"
-                f"{functions.format_seconds(summary[f'{cell}_seconds']):>9}"
+                f"{progress.format_seconds(summary[f'{cell}_seconds']):>9}"
             )
-        functions.print_folder(folder)
+        runs.print_folder(run.folder)
     return summary
 
 
 def finish(
     model: nn.Module,
     cell: str,
-    data: functions.ImageData,
+    data: datasets.ImageData,
     predictions: Tensor,
     folder: Path,
     history: list[dict[str, Any]],
@@ -447,7 +431,7 @@ def finish(
     title = f"{cell.upper()} on {data.name}, row by row"
     accuracies = functions.report_classes(predictions, data, folder, f"{cell}_", title)
     functions.plot_loss_and_accuracy(folder / f"{cell}.png", rows, title, "validation")
-    functions.save_weights(folder / f"{cell}.safetensors", model, {"cell": cell})
+    checkpoints.save_weights(folder / f"{cell}.safetensors", model, {"cell": cell})
     return {
         f"{cell}_final_loss": rows[-1]["train_loss"],
         f"{cell}_validation_loss": rows[-1]["validation_loss"],
@@ -471,24 +455,21 @@ def read_best(path: str) -> Config:
     Raises:
         UserError: the file is missing or damaged.
     """
-    best, hints = functions.read_json(Path(path)), typing.get_type_hints(Config)
-    values = {}
+    best = files.read_json(Path(path))
     for name in BEST:
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
-        field = "cells" if name == "cell" else name
-        right = functions.is_of(best[name], hints[field])
-        require(right, f"{path} is damaged: {name!r} cannot be {str(best[name])[:60]!r}")
-        values[field] = best[name]
+    values = {"cells" if name == "cell" else name: best[name] for name in BEST}
     try:
         return Config(config=path, **values)
-    except functions.UserError as error:
-        raise functions.UserError(f"{path} is damaged: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str], name: str) -> None:
     """Loss and accuracy of all cells over epochs, training dashed, validation solid."""
     figure = functions.new_figure(9, 4)
-    figure.suptitle(f"Row by row on {name}: training dashed, validation solid")
+    title = f"Row by row on {name}: training dashed, validation solid"
+    figure.suptitle(functions.plain(title))
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for cell, color in zip(cells, ("#0077BB", "#EE7733", "#009988"), strict=False):
             rows = [row for row in history if row["cell"] == cell]
@@ -503,4 +484,4 @@ def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str],
 
 
 if __name__ == "__main__":
-    functions.run_script(main, Config, __doc__)
+    runs.run_script(main, Config, __doc__)

@@ -12,8 +12,6 @@ stopped sweep goes on with the trials that are left.
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401
-
 import contextlib
 import dataclasses
 import itertools
@@ -44,7 +42,9 @@ from torch import Tensor
 
 import functions
 import rnn
-from functions import UserError, require, setting
+from support import datasets, devices, errors, files, progress, runs, settings
+from support.errors import UserError, require
+from support.settings import setting
 
 if TYPE_CHECKING:
     import optuna
@@ -73,8 +73,10 @@ SAME = ("cell", "dataset", "image_size", "max_epochs", "train_fraction", "augmen
 
 
 @dataclass(frozen=True)
-class Config(functions.RunConfig):
+class Config(settings.RunConfig):
     """The defaults are the original's sweep."""
+
+    SCRIPT = "rnn_hyperparameter_tune"
 
     cell: Literal["rnn", "lstm", "gru"] = setting("gru", "sweep", "which cell to tune")
     trials: int = setting(100, "sweep", "finished trials to reach, counting those on disk")
@@ -97,7 +99,7 @@ class Config(functions.RunConfig):
         """Check the ranges."""
         super().__post_init__()
         for name in ("trials", "max_epochs", "workers"):
-            require(getattr(self, name) >= 1, f"{functions.flag(name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"{settings.flag(name)} must be at least 1")
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
         require(
             self.timeout is None or 0 < self.timeout < math.inf,
@@ -115,7 +117,7 @@ def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
             drawn[name] = trial.suggest_categorical(name, choices)
     shared = {
         field.name: getattr(config, field.name)
-        for field in dataclasses.fields(functions.RunConfig)
+        for field in dataclasses.fields(settings.RunConfig)
         if field.name != "resume"
     }
     return rnn.Config(
@@ -132,13 +134,12 @@ class RowRNNModule(LightningModule):
     """rnn.py's model, loss, optimizer and validation for Lightning's `Trainer`."""
 
     def __init__(
-        self, config: rnn.Config, cell: str, data: functions.ImageData, validation: functions.Split
+        self, config: rnn.Config, cell: str, data: datasets.ImageData, validation: datasets.Split
     ):
         super().__init__()
         self.config, self.validation = config, validation
         self.model = rnn.make_model(config, cell, data)
-        self.mean, self.std = functions.channel_statistics(data.train.images)
-        self.batches = rnn.Batches(data.train, self.mean, self.std, config, 0)
+        self.batches = rnn.Batches(data.train, config, 0)
 
     def train_dataloader(self) -> rnn.Batches:
         """The batches of rnn.py; one object, which counts its epochs."""
@@ -159,7 +160,7 @@ class RowRNNModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Begin the epoch's losses."""
-        self.losses = functions.EpochLoss(len(self.batches), self.current_epoch + 1, self.device)
+        self.losses = progress.EpochLoss(len(self.batches), self.current_epoch + 1, self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of one batch; stops the trial when it is not finite."""
@@ -170,9 +171,9 @@ class RowRNNModule(LightningModule):
 
     def validation_step(self, batch: int, index: int) -> None:
         """Log the mean loss of all validation images."""
-        loss, _ = rnn.evaluate(self.model, self.validation, self.mean, self.std)
+        loss, _ = rnn.evaluate(self.model, self.validation)
         if not math.isfinite(loss):
-            raise functions.Diverged(f"the validation loss is {loss}")
+            raise errors.Diverged(f"the validation loss is {loss}")
         self.log("validation_loss", loss, batch_size=1)
 
 
@@ -201,9 +202,9 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # Lightning's own
     warnings.filterwarnings("ignore", ".*does not have many workers")
     return Trainer(
-        accelerator=functions.pick_device(config.device),
+        accelerator=devices.pick_device(config.device),
         devices=1,
-        precision=functions.pick_precision(config.device, config.precision),
+        precision=devices.pick_precision(config.device, config.precision),
         max_epochs=config.epochs,
         callbacks=callbacks,
         logger=False,
@@ -214,15 +215,15 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     )
 
 
-def load_splits(config: Config) -> tuple[functions.ImageData, functions.Split]:
+def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
     """`rnn.load_splits` of the sweep's images.
 
     Raises:
         UserError: the data cannot be used, or are fewer than the largest batch of the search.
     """
-    shared = {field.name for field in dataclasses.fields(functions.RunConfig)} - {"resume"}
-    settings = {name: getattr(config, name) for name in shared}
-    example = rnn.Config(**settings, batch_size=2, train_fraction=config.train_fraction)
+    shared = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume"}
+    common = {name: getattr(config, name) for name in shared}
+    example = rnn.Config(**common, batch_size=2, train_fraction=config.train_fraction)
     data, validation = rnn.load_splits(example)
     largest = max(SPACE["batch_size"])
     require(
@@ -239,7 +240,7 @@ class Objective:
     def __init__(self, config: Config):
         self.config = config
         data, validation = load_splits(config)
-        device = functions.pick_device(config.device)
+        device = devices.pick_device(config.device)
         self.data, self.validation = data.to(device), validation.to(device)
 
     def __call__(self, trial: optuna.trial.Trial) -> float:
@@ -256,11 +257,11 @@ class Objective:
         trainer = make_trainer(config, [Pruning(trial)])
         try:
             trainer.fit(RowRNNModule(config, self.config.cell, self.data, self.validation))
-        except functions.Diverged as error:
+        except errors.Diverged as error:
             trial.set_user_attr("reason", str(error))
             raise
         except (MemoryError, RuntimeError) as error:
-            if not functions.is_out_of_memory(error):
+            if not runs.is_out_of_memory(error):
                 raise
             trial.set_user_attr("reason", f"out of memory: {error}".splitlines()[0])
             raise MemoryError(str(error)) from error
@@ -410,7 +411,7 @@ def run_trials(config: Config, folder: Path, number: int, end: float) -> None:
             complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
             best = min(complete, key=lambda t: t.value, default=None)
             pace = (time.perf_counter() - began) / max(1, done - before)
-            left = functions.format_seconds(pace * max(0, config.trials - done))
+            left = progress.format_seconds(pace * max(0, config.trials - done))
             value = f"{trial.value:.4f}" if trial.value is not None else "      "
             top = f"best {best.value:.4f} (trial {best.number})" if best else "none complete yet"
             state = f"{trial.number:3} {trial.state.name.lower():8}"
@@ -426,7 +427,7 @@ def run_trials(config: Config, folder: Path, number: int, end: float) -> None:
                 study.optimize(
                     objective,
                     n_trials=1,
-                    catch=(functions.Diverged, MemoryError, Surplus),
+                    catch=(errors.Diverged, MemoryError, Surplus),
                     callbacks=[report],
                 )
             except Exception as error:
@@ -455,7 +456,7 @@ def work(config: Config, folder: Path, number: int, end: float, errors: Any) -> 
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    functions.show_lines_at_once()
+    runs.show_lines_at_once()
     try:
         with storage_errors(config.storage or str(folder / "study.db")):
             run_trials(config, folder, number, end)
@@ -470,11 +471,12 @@ def main(config: Config) -> dict[str, Any]:
         UserError: the data or the storage cannot be used, or every trial failed.
     """
     free = frozenset({"trials", "timeout", "workers", "pruner"})
-    load_splits(config)  # a mistake shows before there is a run folder
+    data, _ = load_splits(config)  # a mistake shows before there is a run folder
     with (
-        functions.open_run("rnn_hyperparameter_tune", config, free) as folder,
-        storage_errors(config.storage or str(folder / "study.db")),
+        runs.open_run(config, data.fingerprint(), free) as run,
+        storage_errors(config.storage or str(run.folder / "study.db")),
     ):
+        folder = run.folder
         study = open_study(config, folder)
         if config.storage is None:  # nobody else works on this file
             forget(study)
@@ -493,12 +495,12 @@ def main(config: Config) -> dict[str, Any]:
                     run_workers(config, folder, study, end)
         except KeyboardInterrupt:
             with contextlib.suppress(UserError):  # all have failed so far
-                write_results(study, config, folder)
+                write_results(study, config, run)
             raise
         finally:
             forget(study, None if config.storage is None else [PROCESS])
-        best = write_results(study, config, folder)
-        functions.print_folder(folder)
+        best = write_results(study, config, run)
+        runs.print_folder(folder)
     return best
 
 
@@ -605,7 +607,7 @@ def run_workers(config: Config, folder: Path, study: optuna.Study, end: float) -
             forget(study, [process_name(worker.pid) for worker in workers])
 
 
-def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
+def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[str, Any]:
     """Write `trials.csv`, `best.json` and the plots; print the top five and how to train the best.
 
     Raises:
@@ -627,10 +629,10 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
         }
         for trial in trials
     ]
-    functions.write_csv(folder / "trials.csv", rows)
-    with functions.metric_logger(config, folder) as log:
-        for row in rows:
-            log(row, row["trial"])
+    folder = run.folder
+    files.write_csv(folder / "trials.csv", rows)
+    for row in rows:
+        run.log(row, row["trial"])
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     complete.sort(key=lambda trial: trial.value)
     if not complete:
@@ -647,7 +649,7 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
         "epochs": config.max_epochs,
         "train_fraction": config.train_fraction,
     }
-    functions.write_json(folder / "best.json", best)
+    files.write_json(folder / "best.json", best)
     draw(study, folder, f"{config.cell.upper()} sweep on {Path(config.dataset).name}")
     print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")
     for rank, trial in enumerate(complete[:5], 1):
@@ -661,7 +663,7 @@ def write_results(study: optuna.Study, config: Config, folder: Path) -> dict[str
     words = ["--dataset", config.dataset]
     for name in ("image_size", "data_dir", "download_url", "device", "precision", "seed"):
         if (value := getattr(config, name)) != getattr(Config, name):
-            words += [functions.flag(name), str(value)]
+            words += [settings.flag(name), str(value)]
     print("  python rnn.py", shlex.join(words), "\\")
     print("    --config", shlex.quote(str(folder / "best.json")))
     return best
@@ -729,10 +731,10 @@ def draw(study: optuna.Study, folder: Path, title: str) -> None:
             for each in drawn.axes:
                 each.grid(False)  # its lines look like the worst trials
         drawn.set_size_inches(10, 5)
-        with functions.atomic_file(folder / f"{name}.png") as temporary:
+        with files.atomic_file(folder / f"{name}.png") as temporary:
             drawn.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
         plt.close(drawn)
 
 
 if __name__ == "__main__":
-    functions.run_script(main, Config, __doc__)
+    runs.run_script(main, Config, __doc__)

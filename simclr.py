@@ -12,8 +12,6 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401
-
 import copy
 import math
 from dataclasses import dataclass
@@ -24,16 +22,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import few_labels
 import functions
-import label_study
-import pretraining
-from functions import require, setting
+from support import (
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    pretraining,
+    progress,
+    runs,
+    settings,
+    supervised,
+)
+from support.errors import require
+from support.settings import setting
 
 
 @dataclass(frozen=True)
-class Config(pretraining.PretrainingConfig):
+class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
     """The defaults are a published recipe for CIFAR-10 on one GPU."""
 
+    SCRIPT = "simclr"
     STAGES = ("pretrain", "probe", "embed", "finetune", "study")
 
     projection: Literal["nonlinear", "linear", "none"] = setting(
@@ -49,7 +60,6 @@ class Config(pretraining.PretrainingConfig):
     learning_rate: float = setting(
         0.06, "training", "peak; sgd and lars multiply it by batch size / 256, adam does not"
     )
-    weight_decay: float = setting(5e-4, "training", "weight decay")
     temperature: float = setting(0.5, "training", "temperature of NT-Xent")
 
     finetune_epochs: int = setting(20, "evaluation", "epochs of fine-tuning")
@@ -64,7 +74,7 @@ class Config(pretraining.PretrainingConfig):
         )
         for name in ("projection_hidden", "projection_size", "finetune_epochs"):
             good = 1 <= getattr(self, name) <= 10**6
-            require(good, f"{functions.flag(name)} must be at least 1, at most 1,000,000")
+            require(good, f"{settings.flag(name)} must be at least 1, at most 1,000,000")
 
 
 # Settings of the stages after pretraining: a finished run may be evaluated again with others.
@@ -74,29 +84,21 @@ EVALUATION = pretraining.EVALUATION | {"finetune_epochs", "embedding"}
 class SimCLR(nn.Module):
     """An encoder f and a projection head g: `z = g(f(images))` (section 2.1)."""
 
-    def __init__(
-        self,
-        encoder: str = "resnet18",
-        stem: str = "cifar",
-        projection: str = "nonlinear",
-        projection_hidden: int = 1024,
-        projection_size: int = 128,
-        channels: int = 3,
-        image_size: int = 32,
-        width: int = 64,
-    ):
+    def __init__(self, config: Config, channels: int, image_size: int):
         super().__init__()
-        self.encoder: Any = functions.make_encoder(encoder, stem, channels, image_size, width)
-        features = self.encoder.num_features
+        self.encoder: Any = encoders.make_encoder(
+            config.encoder, config.stem, channels, image_size, config.width
+        )
+        features, size = self.encoder.num_features, config.projection_size
         self.projection_head: nn.Module = {
             "nonlinear": lambda: nn.Sequential(
-                nn.Linear(features, projection_hidden),
+                nn.Linear(features, config.projection_hidden),
                 nn.ReLU(),
-                nn.Linear(projection_hidden, projection_size),
+                nn.Linear(config.projection_hidden, size),
             ),
-            "linear": lambda: nn.Linear(features, projection_size),
+            "linear": lambda: nn.Linear(features, size),
             "none": nn.Identity,
-        }[projection]()
+        }[config.projection]()
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings `z` `(B, projection_size)` of images `(B, C, H, W)`."""
@@ -122,7 +124,8 @@ def nt_xent_loss(
         UserError: an odd number of rows, or a temperature that is not positive.
     """
     require(temperature > 0, f"the temperature must be positive, not {temperature}")
-    require(z.ndim == 2 and len(z) % 2 == 0 < len(z), f"z must be (2B, D), not {tuple(z.shape)}")
+    pairs = z.ndim == 2 and len(z) > 0 and len(z) % 2 == 0
+    require(pairs, f"z must be (2B, D), not {tuple(z.shape)}")
     alone = everyone is None or everyone is z
     if rows is None:
         rows = torch.arange(len(z), device=z.device)
@@ -164,19 +167,18 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer at its peak learning rate, scaled by batch size for sgd and lars."""
     rate, decay = config.learning_rate, config.weight_decay
     scaled = rate * config.batch_size / 256
-    fused = next(model.parameters()).device.type != "mps"
     if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=fused)
+        return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), scaled, 0.9, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(model.parameters(), scaled, 0.9, weight_decay=decay, fused=True)
     from pytorch_optimizer import LARS  # leaves biases and norms without decay and adaptation
 
     return LARS(model.parameters(), scaled, weight_decay=decay, momentum=0.9)
 
 
 def pretrain(
-    model: SimCLR, train: functions.Split, config: Config, folder: Path, fabric: Any
-) -> list[dict[str, float]]:
+    model: SimCLR, data: datasets.ImageData, config: Config, run: runs.Run, fabric: Any
+) -> list[dict[str, Any]]:
     """Algorithm 1 of the paper until `config.epochs`, from the folder's checkpoint if it has one.
 
     Returns:
@@ -186,99 +188,108 @@ def pretrain(
         Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
     """
     optimizer = make_optimizer(model, config)
-    training = pretraining.Pretraining("simclr", model, optimizer, train, config, folder, fabric)
-    for images, generator in training.batches():
-        pairs = images.repeat(2, 1, 1, 1)  # (2B, C, H, W), all first views, then all second views
-        views = pretraining.crop_views(pairs, config, generator, training.view_size)
-        views = functions.normalize(views, training.mean, training.std)
-        z = training.model(views.contiguous(memory_format=torch.channels_last))  # (2B, D)
-        loss = nt_xent_loss(z, config.temperature, training.gather(z), training.rows)
-        training.step(loss, z)
+    peak = optimizer.param_groups[0]["lr"]
+    monitor = functions.Monitor(data.train, config.knn_every, fabric)
+    training = pretraining.Pretraining(model, optimizer, data.train, config, run, fabric, monitor)
+    network, stepper = fabric.setup(model, optimizer)
+    for epoch in training.epochs():
+        for step, images, generator in training.batches(epoch):
+            optimizer.param_groups[0]["lr"] = training.rate(peak, step)
+            pairs = images.repeat(2, 1, 1, 1)  # (2b, C, H, W), first views, then second views
+            views = pretraining.crop_views(pairs, config, generator, config.view_side(epoch))
+            views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
+            z = network(views)  # (2b, D)
+            everyone = training.share.gather(z)  # (2B, D), of all processes
+            loss = nt_xent_loss(z, config.temperature, everyone, training.share.rows)
+            training.record(loss, z)
+            stepper.zero_grad()
+            fabric.backward(loss)
+            stepper.step()
+    if fabric.is_global_zero:
+        title = f"SimCLR pretraining on {data.name}, {config.encoder}"
+        functions.plot_loss(run.folder / "loss.png", training.history, title)
     return training.history
 
 
 def embed(
-    model: SimCLR, data: functions.ImageData, config: Config, folder: Path, fabric: Any
+    model: SimCLR, data: datasets.ImageData, config: Config, folder: Path, fabric: Any
 ) -> None:
     """Map the encoder's output (before the head) to two dimensions, at most 10,000 images.
 
     Test images, or the training images of a data set without labels. Writes `embeddings.npz`,
     `tsne.png` or `umap.png`, and `embedding.html`.
     """
-    mean, std = functions.channel_statistics(data.train.images)
-    split = pretraining.split_to_map(data)
-    features = functions.extract_features(model.encoder, split.images, mean, std, fabric)
+    index, split = functions.images_to_map(data)
+    features = functions.extract_features(model.encoder, split, fabric)
     coordinates = functions.project_2d(features, config.embedding, config.seed)
-    labels = None if split.labels is None else split.labels.cpu().numpy()
-    functions.write_arrays(
-        folder / "embeddings.npz",
-        features=features.cpu().numpy(),
-        coordinates=coordinates,
-        **({} if labels is None else {"labels": labels}),
-    )
+    arrays = {"features": features.cpu().numpy(), "coordinates": coordinates}
+    facts = functions.origin(split, index)
+    files.write_arrays(folder / "embeddings.npz", **arrays, **facts)
     method = {"tsne": "t-SNE", "umap": "UMAP"}[config.embedding]
     title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
     path = folder / f"{config.embedding}.png"
-    functions.plot_scatter(path, coordinates, labels, data.classes, title)
-    pretraining.write_map(folder, data, features, coordinates, title)
+    functions.plot_scatter(path, coordinates, facts.get("labels"), data.classes, title)
+    functions.write_map_page(folder, data, features, coordinates, title)
 
 
 def finetune(
-    model: SimCLR, data: functions.ImageData, config: Config, folder: Path, fabric: Any
+    model: SimCLR, data: datasets.ImageData, config: Config, folder: Path, fabric: Any
 ) -> dict[str, Any]:
     """Train the encoder and a linear layer on the labels (appendix B.8), crops and flips only.
 
     Adam 1e-3, batch 256, cosine. An interrupted stage goes on from `finetune_checkpoint.pt`.
     Writes `finetune.csv`, `finetune.png`, `finetune_*.png` and `finetuned_encoder.safetensors`.
     """
-    mean, std = functions.channel_statistics(data.train.images)
-    functions.seed_everything(config.seed)
+    devices.seed_everything(config.seed)
     encoder = copy.deepcopy(model.encoder)  # other stages want the frozen one
     layer = nn.Linear(encoder.num_features, len(data.classes))
     classifier = nn.Sequential(encoder, layer).to(fabric.device)
-    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=fabric.device.type != "mps")
+    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=True)
     checkpoint = folder / "finetune_checkpoint.pt"
-    start = 0
     history: list[dict[str, Any]] = []
     if checkpoint.exists():
-        begun = functions.load_checkpoint(checkpoint, "simclr-finetune")["config"]
+        begun = checkpoints.load(checkpoint)["config"].get("finetune_epochs")
         require(
-            begun.get("finetune_epochs") == config.finetune_epochs,
-            f"{checkpoint} was begun with --finetune-epochs {begun.get('finetune_epochs')}: "
-            "give the same, or delete it to begin anew",
+            begun == config.finetune_epochs,
+            f"{checkpoint} was begun with --finetune-epochs {begun}: give the same, or delete it "
+            "to begin anew",
         )
-        start, history = functions.restore(checkpoint, "simclr-finetune", classifier, optimizer)
-        functions.write_csv(folder / "finetune.csv", history)
+        _, history = checkpoints.restore(checkpoint, classifier, optimizer)
+        files.write_csv(folder / "finetune.csv", history)
 
     def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
         images = pretraining.crop_views(images, config, generator, crop_only=True)
-        images = functions.normalize(images, mean, std)
-        return images.contiguous(memory_format=torch.channels_last)
+        return data.train.normalize(images).contiguous(memory_format=torch.channels_last)
 
-    settings = (prepare, config.finetune_epochs, config.seed, fabric, start)
-    with functions.progress_bar(
-        (config.finetune_epochs - start) * len(data.train), "finetune"
-    ) as bar:
-        for row in functions.train_classifier(
-            classifier, optimizer, data.train.images, data.train.labels, *settings
+    epochs_left = config.finetune_epochs - len(history)
+    with progress.bar(epochs_left * len(data.train), "finetune") as bar:
+        for row in supervised.train_classifier(
+            classifier,
+            optimizer,
+            data.train.images,
+            data.train.labels,
+            prepare,
+            epochs=config.finetune_epochs,
+            seed=config.seed,
+            fabric=fabric,
+            start=len(history),
         ):
-            logits = functions.extract_features(classifier, data.test.images, mean, std, fabric)
+            logits = functions.extract_features(classifier, data.test, fabric)
             row["test_loss"] = F.cross_entropy(logits, data.test.labels).item()
             row["test_accuracy"] = functions.accuracy(logits.argmax(1), data.test.labels)
             history.append(row)
-            state = (classifier, optimizer, history, config)
-            functions.save_checkpoint(checkpoint, "simclr-finetune", row["epoch"], *state)
-            functions.write_csv(folder / "finetune.csv", history)
+            checkpoints.check_finite(row["epoch"], classifier, optimizer)
+            checkpoints.save(checkpoint, row["epoch"], classifier, optimizer, history, config)
+            files.write_csv(folder / "finetune.csv", history)
             bar.update(len(data.train))
-    logits = functions.extract_features(classifier, data.test.images, mean, std, fabric)
-    accuracy = functions.accuracy(logits.argmax(1), data.test.labels)
+    logits = functions.extract_features(classifier, data.test, fabric)
+    predictions = logits.argmax(1)
+    accuracy = functions.accuracy(predictions, data.test.labels)
     title = f"Fine-tuned on all labels, {data.name}: {accuracy:.1%}"
     functions.plot_loss_and_accuracy(folder / "finetune.png", history, title)
-    accuracies = functions.report_classes(
-        logits.argmax(1).cpu(), data, folder, "finetune_", f"Fine-tuned, {data.name}"
-    )
-    functions.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
-    checkpoint.unlink()
+    title = f"Fine-tuned, {data.name}"
+    accuracies = functions.report_classes(predictions.cpu(), data, folder, "finetune_", title)
+    checkpoints.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
     return {"finetune_accuracy": accuracy, "finetune_per_class_accuracy": accuracies}
 
 
@@ -291,19 +302,17 @@ def main(config: Config) -> dict[str, Any]:
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
-
-    def make_model(channels: int, image_size: int) -> SimCLR:
-        head = (config.projection, config.projection_hidden, config.projection_size)
-        return SimCLR(config.encoder, config.stem, *head, channels, image_size, config.width)
-
+    data = functions.load_images(
+        config.dataset, config.data_dir, config.image_size, config.download_url
+    )
     stages = {
-        "probe": pretraining.probe_stage,
+        "probe": functions.probe_stage,
         "embed": embed,
         "finetune": finetune,
-        "study": label_study.study_stage,
+        "study": few_labels.study_stage,
     }
-    return pretraining.run_pretraining("simclr", config, make_model, pretrain, stages, EVALUATION)
+    return pretraining.run_experiment(config, data, SimCLR, pretrain, stages, EVALUATION)
 
 
 if __name__ == "__main__":
-    functions.run_script(main, Config, __doc__)
+    runs.run_script(main, Config, __doc__)

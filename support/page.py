@@ -14,13 +14,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import functions
+from support import files
 
 TILE = 32  # pixels; larger images are scaled down, so that 10,000 fit into a few megabytes
 PAGE = """<!doctype html>
@@ -140,6 +141,7 @@ def write_page(
     features: Tensor,
     labels: np.ndarray | None,
     classes: Sequence[str],
+    colors: Sequence[Any],
     predictions: np.ndarray | None,
     title: str,
 ) -> None:
@@ -151,7 +153,8 @@ def write_page(
         images: `(N, C, H, W)`, uint8.
         features: `(N, D)`, in which the neighbours are looked for.
         labels: `(N,)`, or None.
-        classes: their names.
+        classes: their names; without labels one name for all images.
+        colors: of the classes, in any spelling of matplotlib's.
         predictions: `(N,)`, the linear probe's, or None.
         title: of the page.
     """
@@ -159,14 +162,11 @@ def write_page(
     from plotly.offline import get_plotlyjs
 
     tiles, columns = sprite(images)
-    known = labels is not None
-    names = list(classes) if known else ["images"]
-    colors = functions.class_colors(len(names)) if known else [functions.TRAIN_COLOR]
     data = {
-        "classes": names,
+        "classes": list(classes),
         "colors": [matplotlib.colors.to_hex(color) for color in colors],
         "points": np.round(coordinates.astype(float), 3).tolist(),
-        "labelled": known,
+        "labelled": labels is not None,
         "labels": labels.tolist() if labels is not None else [0] * len(coordinates),
         "predictions": None if predictions is None else predictions.tolist(),
         "neighbours": nearest(features).tolist(),
@@ -180,5 +180,5 @@ def write_page(
         "@DATA@": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = re.sub("|".join(parts), lambda mark: parts[mark[0]], PAGE)
-    with functions.atomic_file(path) as temporary:
+    with files.atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

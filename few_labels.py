@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
-from functions import require
-from pretraining import PretrainingConfig, crop_views
+from support import datasets, devices, encoders, files, supervised
+from support.pretraining import PretrainingConfig, crop_views
 
 # What the label-efficiency study compares: names in the table and in the figure, and colour.
 STUDY = {
@@ -40,26 +39,20 @@ def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     The first K are one image of each of the K classes, the next K another one, and so on; a class
     that has no more images is passed over.
     """
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     values = labels.cpu().numpy()
-    classes = draw.permutation(np.unique(values))
+    classes = generator.permutation(np.unique(values))
     turns = [
         (rank, place, image)
         for place, label in enumerate(classes)
-        for rank, image in enumerate(draw.permutation(np.flatnonzero(values == label)))
+        for rank, image in enumerate(generator.permutation(np.flatnonzero(values == label)))
     ]
     return torch.tensor([int(image) for _, _, image in sorted(turns)[:count]])
 
 
-def with_checksum(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a checksum: an interrupted study goes on from its table, and must trust it."""
-    content = [value for name, value in row.items() if name != "seconds"]
-    return {**row, "crc32": f"{zlib.crc32(repr(content).encode()):08x}"}
-
-
 def study_stage(
     model: Any,
-    data: functions.ImageData,
+    data: datasets.ImageData,
     config: PretrainingConfig,
     folder: Path,
     fabric: Any,
@@ -82,28 +75,22 @@ def study_stage(
 
     path = folder / "label_efficiency.csv"
     whole = {"labels": int, "seed": int, "steps": int}
-    rows = functions.read_csv(
+    rows = files.read_csv(
         path,
         {
             **whole,
             "method": str,
-            "accuracy": functions.finite,
-            "macro_f1": functions.finite,
-            "seconds": functions.finite,
-            "crc32": str,
+            "accuracy": float,
+            "macro_f1": float,
+            "seconds": float,
         },
     )
-    for number, old in enumerate(rows, 1):
-        good = old == with_checksum({name: old[name] for name in old if name != "crc32"})
-        require(good, f"{path} is damaged: row {number} was changed; delete it to begin anew")
     done = {tuple(row[name] for name in (*whole, "method")) for row in rows}
-    require(len(done) == len(rows), f"{path} is damaged: it has a row twice; delete it")
     counts = config.label_counts(len(data.train))
-    few = f"there are only {len(data.train):,} training images"
-    require(bool(counts), f"--labels {config.labels}: {few}")
     study = Study(model.encoder, data, config, fabric)
     if any(part.strip() != "all" and int(part) > max(counts) for part in config.labels.split(",")):
-        print(f"some of the --labels {config.labels} are left out: {few}")
+        images = f"{len(data.train):,} training images"
+        print(f"some of the --labels {config.labels} are left out: there are only {images}")
     print(f"macro-F1 in %, mean ± sd over {config.label_seeds} draws of the labelled images")
     print("labels" + "".join(f"{short:>14}" for short, _, _ in STUDY.values()))
     for count in counts:
@@ -118,8 +105,8 @@ def study_stage(
                 row: dict[str, Any] = {"labels": count, "seed": seed, "steps": config.label_steps}
                 row |= {"method": method, "accuracy": functions.accuracy(predictions, truth)}
                 row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
-                rows.append(with_checksum({**row, "seconds": time.perf_counter() - began}))
-                functions.write_csv(path, rows)
+                rows.append({**row, "seconds": time.perf_counter() - began})
+                files.write_csv(path, rows)
         print(_study_line(rows, count, config))
     table = {
         method: {str(count): _study_mean(rows, method, count, config) for count in counts}
@@ -158,17 +145,15 @@ class Study:
     def __init__(
         self,
         encoder: nn.Module,
-        data: functions.ImageData,
+        data: datasets.ImageData,
         config: PretrainingConfig,
         fabric: Any,
     ):
         self.encoder: Any = encoder
         self.data, self.fabric = data, fabric
         self.config = dataclasses.replace(config, crop_scale_min=STUDY_CROP_SCALE)
-        self.mean, self.std = functions.channel_statistics(data.train.images)
         self.train, self.test = (
-            functions.extract_features(encoder, split.images, self.mean, self.std, fabric)
-            for split in (data.train, data.test)
+            functions.extract_features(encoder, split, fabric) for split in (data.train, data.test)
         )
         # The unlabelled training images say how features are spread, whatever the labels' number.
         spread, centre = torch.std_mean(self.train, 0)
@@ -178,7 +163,7 @@ class Study:
 
     def predict(self, method: str, chosen: Tensor, seed: int) -> Tensor:
         """Classes `(N,)` of the test images after training on the labelled images `chosen`."""
-        functions.seed_everything(seed)
+        devices.seed_everything(seed)
         classes = len(self.data.classes)
         if method in ("linear", "mlp"):
             inputs, width = self.train, self.train.shape[1]
@@ -194,17 +179,14 @@ class Study:
                 encoder = copy.deepcopy(self.encoder)
             else:
                 config = self.config
-                encoder = functions.make_encoder(
+                encoder = encoders.make_encoder(
                     config.encoder, config.stem, channels, height, config.width
                 )
             classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
         classifier = classifier.to(inputs.device).to(memory_format=torch.channels_last)
         decay = 0.0 if method == "supervised" else 0.01
-        fused = inputs.device.type != "mps"
         rate = FINETUNE_RATE if method == "finetuned" else 1e-3
-        optimizer = torch.optim.AdamW(
-            classifier.parameters(), rate, weight_decay=decay, fused=fused
-        )
+        optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=decay, fused=True)
         fit = chosen
         held_out = chosen[:0]
         if method in ("supervised-tuned", "finetuned"):
@@ -213,7 +195,7 @@ class Study:
         if method in ("linear", "mlp"):
             with functions.evaluating(classifier):
                 return classifier(self.test).argmax(1)
-        return self._logits(classifier, self.data.test.images).argmax(1)
+        return functions.extract_features(classifier, self.data.test, self.fabric).argmax(1)
 
     def _split(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A tenth of each class's labelled images for choosing the epoch; none below ten."""
@@ -223,9 +205,6 @@ class Study:
             places = (labels == label).nonzero()[:, 0]
             held_out[places[len(places) - len(places) // 10 :]] = True
         return chosen[~held_out], chosen[held_out]
-
-    def _logits(self, classifier: nn.Module, images: Tensor) -> Tensor:
-        return functions.extract_features(classifier, images, self.mean, self.std, self.fabric)
 
     def _fit(
         self,
@@ -244,17 +223,17 @@ class Study:
                 return batch
             if method != "supervised":
                 batch = crop_views(batch, self.config, generator, crop_only=True)
-            batch = functions.normalize(functions.to_float(batch), self.mean, self.std)
-            return batch.contiguous(memory_format=torch.channels_last)
+            return self.data.train.normalize(batch).contiguous(memory_format=torch.channels_last)
 
         labels = self.data.train.labels
         batch = min(256, len(chosen))
         epochs = math.ceil(self.config.label_steps / (len(chosen) // batch))
         best, best_loss = None, math.inf
         parts = (inputs[chosen], labels[chosen], prepare, epochs, seed, self.fabric)
-        for row in functions.train_classifier(classifier, optimizer, *parts):
+        for row in supervised.train_classifier(classifier, optimizer, *parts):
             if len(held_out) and row["epoch"] % math.ceil(epochs / 20) == 0:
-                logits = self._logits(classifier, inputs[held_out])
+                split = self.data.train.select(held_out)
+                logits = functions.extract_features(classifier, split, self.fabric)
                 loss = F.cross_entropy(logits, labels[held_out]).item()
                 if loss < best_loss:
                     best, best_loss = copy.deepcopy(classifier.state_dict()), loss

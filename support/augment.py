@@ -1,0 +1,256 @@
+"""Batched augmentation with parameters drawn per sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Every op takes float images (B, C, H, W) in [0, 1] and returns new ones. Parameters are drawn per
+# sample from `generator` (torch's, or a `Shard` of one), which must live on the images' device. Ops
+# come in pairs: `random_*` (and `color_jitter`, `gaussian_blur`) draw, the other half applies given
+# parameters and equals torchvision's functional op for the same parameters.
+
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as in torchvision
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A generator for one of several processes, which together draw what a single one would.
+
+    All processes draw the numbers of all `total` samples; each keeps those of its own `rows`.
+    """
+
+    generator: torch.Generator
+    rows: Tensor
+    total: int
+
+
+Generator = torch.Generator | Shard
+
+
+def uniform_numbers(
+    shape: tuple[int, ...], generator: Generator | None, device: Any, sample_dim: int = 0
+) -> Tensor:
+    """Uniform numbers in [0, 1) of a shape that counts samples along `sample_dim`."""
+    if not isinstance(generator, Shard):
+        return torch.rand(shape, generator=generator, device=device)
+    shape = (*shape[:sample_dim], generator.total, *shape[sample_dim + 1 :])
+    numbers = torch.rand(shape, generator=generator.generator, device=device)
+    return numbers.index_select(sample_dim, generator.rows)
+
+
+def _uniform(
+    count: int, low: float, high: float, images: Tensor, generator: Generator | None
+) -> Tensor:
+    return uniform_numbers((count,), generator, images.device) * (high - low) + low
+
+
+def _chosen(images: Tensor, p: float, generator: Generator | None) -> Tensor:
+    """Which samples an op with probability `p` applies to, `(B,)`, bool."""
+    return uniform_numbers((len(images),), generator, images.device) < p
+
+
+def draw_crop_boxes(
+    images: Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    generator: Generator | None = None,
+) -> Tensor:
+    """Boxes `(B, 4)` of top, left, height, width with `RandomResizedCrop`'s distribution.
+
+    As in torchvision, ten attempts per sample, then the largest centred box of an allowed ratio.
+    """
+    count, _, height, width = images.shape
+    draws = uniform_numbers((4, count, 10), generator, images.device, sample_dim=1)
+    area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))  # (B, 10)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + draws[1] * (high - low))
+    w = (area * aspect).sqrt().round()
+    h = (area / aspect).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)  # (B, 1)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+    # randint(0, H - h + 1); the product of a draw just below 1 may round up
+    top = torch.minimum((draws[2, :, 0] * (height - h + 1)).floor(), height - h)
+    left = torch.minimum((draws[3, :, 0] * (width - w + 1)).floor(), width - w)
+    boxes = torch.stack((top, left, h, w), 1)
+    whole_h = min(height, round(width / ratio[0])) if width / height < ratio[0] else height
+    whole_w = min(width, round(height * ratio[1])) if width / height > ratio[1] else width
+    whole = ((height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w)
+    fallback = torch.stack([torch.full_like(top, value) for value in whole], 1)
+    return torch.where(fits.any(1, keepdim=True), boxes, fallback)
+
+
+def resized_crop(
+    images: Tensor,
+    boxes: Tensor,
+    size: int | tuple[int, int],
+    mirrored: Tensor | None = None,
+) -> Tensor:
+    """Crop each image to its box and resize bilinearly, without antialiasing.
+
+    Equals `torchvision.transforms.functional.resized_crop(..., antialias=False)`; sample positions
+    are clamped to the box, so nothing outside it is read. Crops that `mirrored` `(B,)` marks are
+    read from right to left, which costs nothing.
+    """
+    out_h, out_w = (size, size) if isinstance(size, int) else size
+    height, width = images.shape[2:]
+
+    def positions(start: Tensor, length: Tensor, full: int, out: int) -> Tensor:
+        centres = (torch.arange(out, device=images.device) + 0.5) / out  # (out,)
+        where = start[:, None] + centres * length[:, None] - 0.5  # (B, out), in pixels
+        inside = where.clamp(start[:, None], (start + length - 1)[:, None])
+        return (2 * inside + 1) / full - 1  # grid_sample's [-1, 1]
+
+    top, left, box_h, box_w = boxes.to(images.dtype).unbind(1)
+    y = positions(top, box_h, height, out_h)[:, :, None].expand(-1, -1, out_w)
+    x = positions(left, box_w, width, out_w)
+    if mirrored is not None:
+        x = torch.where(mirrored[:, None], x.flip(1), x)
+    x = x[:, None, :].expand(-1, out_h, -1)
+    return F.grid_sample(images, torch.stack((x, y), -1), align_corners=False)  # (B, C, out, out)
+
+
+def random_resized_crop(
+    images: Tensor,
+    size: int | tuple[int, int] | None = None,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """A random box of each image, resized to `size` (default: the images' own).
+
+    It is mirrored with probability `flip`, as `random_horizontal_flip` would do in a second pass.
+    """
+    boxes = draw_crop_boxes(images, scale, ratio, generator)
+    mirrored = _chosen(images, flip, generator)
+    height, width = images.shape[2:]
+    return resized_crop(images, boxes, (height, width) if size is None else size, mirrored)
+
+
+def random_horizontal_flip(
+    images: Tensor, p: float = 0.5, generator: Generator | None = None
+) -> Tensor:
+    """Mirror each image with probability `p`."""
+    chosen = _chosen(images, p, generator)
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """The luma `(B, 1, H, W)` of RGB images; grey images stay as they are."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    luma = (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
+    return luma[:, None]
+
+
+def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    """`factor * images + (1 - factor) * other`, clamped to [0, 1]; `factor` is `(B,)`."""
+    factor = factor[:, None, None, None]
+    return (images * factor).add_((1 - factor) * other).clamp_(0, 1)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale each image by its factor `(B,)`, clamped to [0, 1]."""
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend each image with its mean luma; `factor` is `(B,)`."""
+    return _blend(images, grayscale(images.mean((2, 3), keepdim=True)), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend each image with its own grey version; `factor` is `(B,)`."""
+    return _blend(images, grayscale(images), factor)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of RGB images by `shift` `(B,)`, in [-0.5, 0.5] of a full circle. Exact HSV.
+
+    Value and saturation are kept, so each new channel is V - (V - min) * clamp(min(k, 4 - k), 0, 1)
+    with k = (n + 6 hue) mod 6 and n = 5, 3, 1 for red, green, blue. Masks are numbers here: on a
+    CPU, torch.where takes as long as 40 additions.
+    """
+    value, least = images.amax(1), images.amin(1)  # (B, H, W)
+    chroma = value - least
+    divisor = chroma.clamp_min(1e-12)  # grey has no hue, and its chroma of 0 hides what comes out
+    share = (images - least[:, None]).div_(divisor[:, None])  # of the largest, which has exactly 1
+    red, green, blue = share.unbind(1)
+    hues = green - blue, (blue - red).add_(2), (red - green).add_(4)  # where that is the largest
+    is_red, is_green, _ = share.floor_().unbind(1)
+    hue = hues[2].lerp_(hues[1], is_green).lerp_(hues[0], is_red)
+    hue.div_(6).add_(shift[:, None, None])  # of a circle
+    # k is 2 where this fraction is a half: min(k, 4 - k) is 2 less the distance from there
+    offset = 2 - torch.arange(3, device=images.device)[:, None, None] / 3  # (n - 2) / 6, and 1.5
+    fraction = torch.add(hue[:, None], offset, out=share).frac_()  # (B, 3, H, W)
+    weight = fraction.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return weight.mul_(chroma[:, None]).neg_().add_(value[:, None])
+
+
+def color_jitter(
+    images: Tensor,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+    p: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """`ColorJitter` with probability `p` per sample, in this fixed order of its four ops.
+
+    torchvision shuffles the order; the fixed one lets all samples share each op. Factors are
+    uniform in [max(0, 1 - strength), 1 + strength], the hue shift in [-hue, hue]. Saturation and
+    hue leave grey images as they are.
+    """
+    chosen = _chosen(images, p, generator)
+    jittered = images
+    for strength, adjust in (
+        (brightness, adjust_brightness),
+        (contrast, adjust_contrast),
+        (saturation, adjust_saturation),
+    ):
+        if strength > 0 and not (adjust is adjust_saturation and images.shape[1] == 1):
+            low, high = max(0.0, 1 - strength), 1 + strength
+            jittered = adjust(jittered, _uniform(len(images), low, high, images, generator))
+    if hue > 0 and images.shape[1] == 3:
+        jittered = adjust_hue(jittered, _uniform(len(images), -hue, hue, images, generator))
+    return jittered if p >= 1 else torch.where(chosen[:, None, None, None], jittered, images)
+
+
+def random_grayscale(images: Tensor, p: float = 0.1, generator: Generator | None = None) -> Tensor:
+    """Replace each image by its luma in all channels with probability `p`."""
+    chosen = _chosen(images, p, generator)
+    return torch.where(chosen[:, None, None, None], grayscale(images), images)
+
+
+def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Gaussian blur with reflected borders; `sigma` `(B,)` in pixels, `kernel_size` odd."""
+    radius = kernel_size // 2
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)  # (B, kernel_size)
+    kernel /= kernel.sum(1, keepdim=True)
+    kernels = (kernel[:, :, None] * kernel[:, None, :]).repeat_interleave(images.shape[1], 0)
+    padded = F.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]
+    return F.conv2d(padded, kernels[:, None], groups=len(kernels)).view(images.shape)
+
+
+def gaussian_blur(
+    images: Tensor,
+    kernel_size: int = 3,
+    sigma: tuple[float, float] = (0.1, 2.0),
+    p: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Blur each image with probability `p` and its own sigma, uniform in the range `sigma`."""
+    chosen = _chosen(images, p, generator)
+    drawn = _uniform(len(images), *sigma, images, generator)
+    blurred = blur(images, drawn, kernel_size)
+    return blurred if p >= 1 else torch.where(chosen[:, None, None, None], blurred, images)

@@ -1,0 +1,146 @@
+"""Everything that a run needs to go on, and weights for elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support import files
+from support.errors import Diverged, UserError, require
+
+
+def check_finite(epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """See that no gradient spoiled the weights or what the optimizer remembers.
+
+    Raises:
+        Diverged: one of them is not finite (the last loss was).
+    """
+    tensors = dict(model.state_dict())
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"the optimizer's {k} {number}": v for k, v in values.items()}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise Diverged(
+                f"{name} is not finite after epoch {epoch}; the epoch before is kept. "
+                "Try a lower --learning-rate"
+            )
+
+
+def save(
+    path: Path,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, Any]],
+    config: Any,
+) -> None:
+    """Write everything that the run needs to go on after `epoch` finished epochs, atomically.
+
+    The rows of `metrics.csv` are part of it, so that the table and the weights always agree. Call
+    `check_finite` before.
+    """
+    state = {
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "config": dataclasses.asdict(config),
+    }
+    with files.atomic_file(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from error
+        _append_checksum(temporary)
+
+
+# torch.load does not notice every changed byte, so the SHA-256 of the archive is kept as its
+# comment: an archive ends with the comment's length (2 bytes) and the comment.
+_LENGTH = (64).to_bytes(2, "little")
+
+
+def _append_checksum(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.truncate()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(_LENGTH + digest.encode())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, on the CPU, without running any code from the file.
+
+    Raises:
+        UserError: missing, truncated, damaged, or not a checkpoint.
+    """
+    require(path.is_file(), f"{path} is missing: the run has no finished epoch to go on from")
+    content = path.read_bytes()
+    digest = hashlib.sha256(content[:-66]).hexdigest()
+    whole = content[-66:] == _LENGTH + digest.encode()
+    require(whole, f"{path} is damaged or no checkpoint (its checksum is wrong)")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on what it does not know
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is not a readable checkpoint: {reason}") from error
+    wanted = {"epoch", "model", "optimizer", "history", "config"}
+    good = isinstance(state, dict) and wanted <= state.keys()
+    require(good, f"{path} is not a checkpoint of these scripts")
+    return state
+
+
+def _check_shapes(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Raise ValueError unless all tensors are like those that they replace.
+
+    A fused optimizer does not look, and reads beyond the end of a momentum of another shape.
+    """
+    pairs = [(value, state["model"].get(name)) for name, value in model.state_dict().items()]
+    if optimizer is not None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for number, values in state["optimizer"]["state"].items():
+            pairs += [(weights[number], value) for k, value in values.items() if k != "step"]
+    for own, saved in pairs:
+        if saved is None:  # a momentum before the first step; load_state_dict sees missing weights
+            continue
+        if (saved.shape, saved.dtype, saved.layout) != (own.shape, own.dtype, own.layout):
+            raise ValueError(f"a tensor is {saved.dtype} {tuple(saved.shape)}")
+
+
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Load a checkpoint into `model` and `optimizer`; return its epoch and history.
+
+    Raises:
+        UserError: as `load`, or the weights do not fit the model.
+    """
+    state = load(path)
+    try:
+        _check_shapes(state, model, optimizer)
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not fit the model of its config.json: {reason}") from error
+    return state["epoch"], state["history"]
+
+
+def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    """Write a model's weights under its own key names as safetensors, atomically."""
+    from safetensors.torch import save
+
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with files.atomic_file(path) as temporary:
+        temporary.write_bytes(save(state, metadata))

@@ -1,0 +1,116 @@
+"""Files that are whole or not there: JSON, CSV and arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import threading
+import typing
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.errors import UserError, require
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; after the block it is synced and renamed to `path`.
+
+    Raises:
+        UserError: it cannot be written. What was at `path` before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, unreadable or holds something else.
+    """
+    require(path.is_file() or not path.exists(), f"{path} is not a plain file")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    require(isinstance(values, dict), f"{path} is damaged: it does not hold a JSON object")
+    return values
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table, atomically; the columns are those of all rows, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def finite(text: str) -> float:
+    """The number that `text` spells; ValueError when it is not finite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def read_csv(path: Path, columns: dict[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """The rows that `write_csv` wrote, each column read by its type; [] when there is no file.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    if not path.exists():
+        return []
+    require(path.is_file(), f"{path} is not a plain file")
+    try:
+        with path.open(newline="") as file:
+            table = list(csv.DictReader(file, strict=True))
+        return [{name: kind(row[name]) for name, kind in columns.items()} for row in table]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error!r}; delete it to begin anew") from error
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays as a compressed `.npz`, atomically."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **typing.cast(Any, arrays))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `write_arrays` wrote; nothing in the file is run.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: delete it, or repeat what wrote it") from error

@@ -1,0 +1,526 @@
+"""What the self-supervised scripts share: settings, the epochs, and the stages after training.
+
+Views, model, loss and steps are the scripts' own; this module surrounds the steps with order,
+records and checkpoints, and does one stage after the other.
+
+B images in a batch, b of them this process's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    progress,
+    runs,
+    settings,
+)
+from support.errors import require
+from support.settings import setting
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(settings.TrainingConfig):
+    """The settings every self-supervised pretraining has besides, and those of its evaluation."""
+
+    STAGES: ClassVar[tuple[str, ...]] = ("pretrain", "probe", "embed", "study")
+
+    stages: str = setting("pretrain,probe,embed", "run", "what to do; with --resume any part")
+    devices: int = setting(1, "run", "processes, one per device, that share each batch")
+
+    encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
+        "resnet18", "model", "small has three convolutions, the ResNets are torchvision's"
+    )
+    stem: Literal["cifar", "imagenet"] = setting(
+        "cifar", "model", "first layer of a ResNet: 3x3 for small images, or the original 7x7"
+    )
+    width: int = setting(64, "model", "channels of a ResNet's first stage; fewer are cheaper")
+
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine", "training", "learning rate after the warm-up"
+    )
+    warmup_epochs: int = setting(0, "training", "epochs of linear warm-up")
+    knn_every: int = setting(
+        10, "training", "epochs between kNN checks on held-out training images; 0 for none"
+    )
+    keep_every: int = setting(
+        0, "training", "epochs between checkpoints that are kept in checkpoints/; 0 for none"
+    )
+
+    view_size: str | None = setting(
+        None,
+        "views",
+        "side of the views in pixels, to save time; 16,16,24: the last third of the epochs with "
+        "larger ones; without it that of the images",
+    )
+    crop_scale_min: float = setting(0.2, "views", "smallest area of a crop, as a share")
+    flip_probability: float = setting(0.5, "views", "probability of a horizontal flip")
+    jitter: tuple[float, float, float, float] = setting(
+        (0.4, 0.4, 0.4, 0.1), "views", "strength of brightness, contrast, saturation, hue"
+    )
+    jitter_probability: float = setting(0.8, "views", "probability of the colour jitter")
+    grayscale_probability: float = setting(0.1, "views", "probability of losing the colours")
+    blur_probability: float = setting(0.0, "views", "probability of a 3x3 Gaussian blur")
+
+    probe_epochs: int = setting(100, "evaluation", "epochs of the linear probe")
+    few_labels: int = setting(10, "evaluation", "labels per class of the few-label score; 0: none")
+    pixel_baseline: bool = setting(False, "evaluation", "also probe the raw pixels, to compare")
+    labels: str = setting(
+        "10,100,1000,10000,all", "evaluation", "study: how many labels, of all classes together"
+    )
+    label_seeds: int = setting(5, "evaluation", "study: draws of the labelled images")
+    label_steps: int = setting(2000, "evaluation", "study: optimizer steps of each training")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        require(self.devices >= 1, f"--devices must be at least 1, not {self.devices}")
+        require(
+            self.batch_size % self.devices == 0,
+            f"--batch-size {self.batch_size} does not divide among --devices {self.devices}",
+        )
+        sides = [] if self.view_size is None else self.view_size.split(",")
+        require(
+            all(re.fullmatch(" *[1-9][0-9]{0,3} *", side) for side in sides),
+            f"--view-size takes whole numbers from 1 to 9,999, not {self.view_size!r}",
+        )
+        require(
+            len(sides) <= self.epochs,
+            f"--view-size {self.view_size} has more parts than there are --epochs",
+        )
+        require(
+            not sides or self.encoder != "small",
+            "--view-size needs a ResNet, which takes any size",
+        )
+        good = 8 <= self.width <= 1024 and self.width % 8 == 0
+        require(good, f"--width must be a multiple of 8 up to 1,024, not {self.width}")
+        unknown = set(self.stage_names) - set(self.STAGES)
+        require(not unknown, f"--stages knows {','.join(self.STAGES)}, not {self.stages!r}")
+        require(0 < self.crop_scale_min <= 1, "--crop-scale-min must be above 0, at most 1")
+        require(
+            all(0 <= strength < math.inf for strength in self.jitter) and self.jitter[3] <= 0.5,
+            f"--jitter takes four numbers, not below 0, hue <= 0.5; not {self.jitter}",
+        )
+        for name in ("flip", "jitter", "grayscale", "blur"):
+            value = getattr(self, f"{name}_probability")
+            require(0 <= value <= 1, f"--{name}-probability must be in [0, 1], not {value}")
+        for name in ("probe_epochs", "label_steps"):
+            require(getattr(self, name) >= 1, f"{settings.flag(name)} must be at least 1")
+        require(self.label_seeds >= 2, "--label-seeds must be at least 2: it gives the deviation")
+        for name in ("warmup_epochs", "knn_every", "keep_every", "few_labels"):
+            require(getattr(self, name) >= 0, f"{settings.flag(name)} must not be negative")
+        require(
+            self.warmup_epochs == 0 or self.warmup_epochs < self.epochs,
+            f"--warmup-epochs {self.warmup_epochs} must be fewer than --epochs {self.epochs}",
+        )
+        self.label_counts(1)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages to do."""
+        return tuple(name.strip() for name in self.stages.split(","))
+
+    def view_side(self, epoch: int) -> int | None:
+        """Side of the views in an epoch, from 0; None for that of the images.
+
+        Each number of `--view-size` holds for an equal part of the epochs.
+        """
+        if self.view_size is None:
+            return None
+        sides = [int(side) for side in self.view_size.split(",")]
+        return sides[epoch * len(sides) // self.epochs]
+
+    def label_counts(self, images: int) -> list[int]:
+        """The numbers of labels of the study, ascending; those above `images` are left out."""
+        parts = [part.strip() for part in self.labels.split(",")]
+        good = all(part == "all" or (part.isdecimal() and int(part) > 1) for part in parts)
+        require(good, f"--labels takes whole numbers from 2 and all, not {self.labels!r}")
+        counts = {images if part == "all" else int(part) for part in parts}
+        return sorted(count for count in counts if count <= images)
+
+
+# Settings of the stages after pretraining: a finished run may be evaluated again with others.
+EVALUATION = frozenset(
+    {"stages", "probe_epochs", "few_labels", "pixel_baseline"}
+    | {"labels", "label_seeds", "label_steps"}
+)
+
+
+def crop_views(
+    images: Tensor,
+    config: PretrainingConfig,
+    generator: augment.Generator,
+    size: int | None = None,
+    crop_only: bool = False,
+) -> Tensor:
+    """Crop, flip, colour jitter, grey and blur with the settings of the group `views`.
+
+    Args:
+        images: `(B, C, H, W)`, uint8 or float in [0, 1].
+        config: probabilities and strengths.
+        generator: on the images' device.
+        size: side of the views; without it they are as large as the images.
+        crop_only: leave out what changes colours.
+
+    Returns:
+        `(B, C, H, W)` in [0, 1].
+    """
+    scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
+    views = augment.random_resized_crop(
+        datasets.to_float(images), size, scale, flip=flip, generator=generator
+    )
+    if crop_only:
+        return views
+    views = augment.color_jitter(views, *config.jitter, config.jitter_probability, generator)
+    if config.grayscale_probability > 0:
+        views = augment.random_grayscale(views, config.grayscale_probability, generator)
+    if config.blur_probability > 0:
+        views = augment.gaussian_blur(views, 3, (0.1, 2.0), config.blur_probability, generator)
+    return views
+
+
+class Share:
+    """This process's part of each batch, among `fabric.world_size` processes.
+
+    Together they compute what one process would: `part` are the places of its `b` images in a batch
+    of B, `rows` `(2b,)` those of their two views among all 2B, all first views, then all second.
+    """
+
+    def __init__(self, fabric: Any, batch_size: int):
+        self.fabric, self.batch_size = fabric, batch_size
+        size = batch_size // fabric.world_size
+        self.part = slice(fabric.global_rank * size, (fabric.global_rank + 1) * size)
+        part = torch.arange(batch_size)[self.part]
+        self.rows = torch.cat((part, part + batch_size)).to(fabric.device)  # (2b,)
+
+    def generator(self, generator: torch.Generator) -> augment.Generator:
+        """A generator that draws for this process's views what `generator` draws for them."""
+        if self.fabric.world_size == 1:
+            return generator
+        return augment.Shard(generator, self.rows.to(generator.device), 2 * self.batch_size)
+
+    def gather(self, z: Tensor) -> Tensor:
+        """The embeddings `(2B, D)` of all processes, in one process's order, with gradients.
+
+        Args:
+            z: `(2b, D)`, this process's; they are the rows `self.rows` of the result.
+        """
+        if self.fabric.world_size == 1:
+            return z
+        # (processes, 2b, D): the backward pass sums the gradients that all processes have for z
+        parts = self.fabric.all_gather(z, sync_grads=True)
+        parts = parts.unflatten(1, (2, -1)).transpose(0, 1)  # (2, processes, b, D)
+        return parts.flatten(0, 2)
+
+
+class Pretraining:
+    """What surrounds the steps of a pretraining: order, generators, records, checkpoints.
+
+        for epoch in training.epochs():
+            for step, images, generator in training.batches(epoch):
+                ...
+                training.record(loss, z)
+
+    After each epoch: `checkpoint.pt`, then a row of `metrics.csv`. With `config.resume` the epochs
+    are those that the folder's checkpoint leaves.
+
+    Args:
+        model: with an attribute `encoder`, on the device to compute on.
+        optimizer: its first parameter group has the learning rate that is recorded.
+        train: on the same device.
+        config: the settings.
+        run: the open run.
+        fabric: Lightning Fabric.
+        monitor: with `measure(encoder, z, epoch, last)`, more columns for a row.
+        collapse_loss: a loss below this in the first tenth of the epochs is a sign of collapse.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        train: datasets.Split,
+        config: PretrainingConfig,
+        run: runs.Run,
+        fabric: Any,
+        monitor: Any,
+        collapse_loss: float = -math.inf,
+    ):
+        self.model, self.optimizer, self.train = model, optimizer, train
+        self.config, self.run, self.fabric = config, run, fabric
+        self.monitor, self.collapse_loss = monitor, collapse_loss
+        self.share = Share(fabric, config.batch_size)
+        self.steps = len(train) // config.batch_size  # a smaller last batch is left out
+        self.history: list[dict[str, Any]] = []
+        self._collapsed = False
+        checkpoint = run.folder / "checkpoint.pt"
+        if config.resume is not None and checkpoint.exists():
+            _, self.history = checkpoints.restore(checkpoint, model, optimizer)
+            if fabric.is_global_zero:
+                files.write_csv(run.folder / "metrics.csv", self.history)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, from 0.
+
+        Raises:
+            Diverged: a loss or a weight is not finite; the last finished epoch's checkpoint stays.
+        """
+        config, begin = self.config, len(self.history)
+        total = (config.epochs - begin) * self.steps * config.batch_size
+        with progress.bar(total, "pretrain", self.fabric.is_global_zero) as self._bar:
+            cost = self.steps * (1 + self._epochs_after(begin)) if begin < config.epochs else 0
+            self._estimate = progress.Estimate(self._bar, cost)
+            for epoch in range(begin, config.epochs):
+                began = time.perf_counter()
+                self._losses = progress.EpochLoss(self.steps, epoch + 1, self.fabric.device)
+                self.model.train()
+                yield epoch
+                self._estimate.stop()
+                self._finish_epoch(epoch, time.perf_counter() - began)
+
+    def batches(
+        self, epoch: int, host: bool = False
+    ) -> Iterator[tuple[int, Tensor, augment.Generator]]:
+        """The step's number, from 0 over all epochs, this process's images, and a generator.
+
+        The images are uint8 `(b, C, H, W)`, on the device; one process has b = B. The generator is
+        for two views of each, on the images' device, or with `host` on the CPU: for numbers that
+        steer the host, which would wait for the device to tell them.
+        """
+        device, seed, size = self.fabric.device, self.config.seed, self.config.batch_size
+        order = torch.randperm(len(self.train), generator=devices.epoch_generator(seed, epoch))
+        order = order.to(device)
+        where = {"stream": 4} if host else {"device": device, "stream": 1}
+        generator = self.share.generator(devices.epoch_generator(seed, epoch, **where))
+        for step in range(self.steps):
+            index = order[step * size : (step + 1) * size]
+            images = self.train.images[index[self.share.part]]
+            yield epoch * self.steps + step, images, generator
+            self._estimate.step()
+
+    def rate(self, peak: float, step: int) -> float:
+        """The learning rate of a step: linear warm-up to `peak`, then `config.schedule`."""
+        steps, warmup = self.config.epochs * self.steps, self.config.warmup_epochs * self.steps
+        return progress.scheduled_rate(peak, step, steps, warmup, self.config.schedule)
+
+    def record(self, loss: Tensor, z: Tensor) -> None:
+        """Take a step's loss, the mean over this process's share, and its embeddings `z` `(N, D)`.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        several = self.fabric.world_size > 1  # all of them see the same loss, and stop together
+        self._losses.add(self.fabric.all_reduce(loss.detach()) if several else loss)
+        self._bar.update(self.config.batch_size)
+        self._z = z.detach()
+
+    def _epochs_after(self, epoch: int) -> float:
+        """The epochs that follow one, counted in its cost: that grows with the views' area."""
+        sides = [self.config.view_side(e) or 1 for e in range(epoch, self.config.epochs)]
+        return sum((side / sides[0]) ** 2 for side in sides[1:])
+
+    def _finish_epoch(self, epoch: int, seconds: float) -> None:
+        config, done = self.config, epoch + 1
+        loss = self._losses.mean()  # in every process: what is not finite must stop all of them
+        checkpoints.check_finite(done, self.model, self.optimizer)
+        z = self.share.gather(self._z)
+        if not self.fabric.is_global_zero:
+            return
+        row = {"epoch": done, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        row["seconds"] = seconds
+        row["images_per_second"] = self.steps * config.batch_size / seconds
+        row |= self.monitor.measure(self.model.encoder, z, done, done == config.epochs)
+        self.history.append(row)
+        state = (done, self.model, self.optimizer, self.history, config)
+        folder = self.run.folder
+        if config.keep_every and done % config.keep_every == 0:
+            # First: a run killed after checkpoint.pt would never come back to this epoch.
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            checkpoints.save(folder / "checkpoints" / f"epoch{done}.pt", *state)
+        checkpoints.save(folder / "checkpoint.pt", *state)
+        files.write_csv(folder / "metrics.csv", self.history)
+        self.run.log(row, done)
+        self._warn_of_collapse(row, z.shape[1])
+        if done % max(1, config.epochs // 20) == 0:
+            knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
+            left = progress.format_seconds(seconds * self._epochs_after(epoch))
+            self._bar.write(
+                f"epoch {done:4}/{config.epochs}  loss {row['loss']:.4f}  "
+                f"{row['images_per_second']:,.0f} images/s  {left} left{knn}"
+            )
+
+    def _warn_of_collapse(self, row: dict[str, float], size: int) -> None:
+        spread = row["embedding_std"] * math.sqrt(size)
+        early = row["epoch"] <= max(1, self.config.epochs // 10)
+        if not self._collapsed and (spread < 0.1 or (early and row["loss"] < self.collapse_loss)):
+            self._collapsed = True
+            self._bar.write("warning: the embedding collapses: try a lower --learning-rate")
+            self._bar.write(
+                f"  (epoch {row['epoch']}: loss {row['loss']:.3f}, standard deviation {spread:.0%} "
+                "of the sphere's)"
+            )
+
+
+Stage = Callable[[Any, datasets.ImageData, Any, Path, Any], dict[str, Any] | None]
+
+
+def run_experiment(
+    config: Any,
+    data: datasets.ImageData,
+    make_model: Callable[[Any, int, int], nn.Module],
+    pretrain: Callable[[Any, datasets.ImageData, Any, runs.Run, Any], list[dict[str, Any]]],
+    stages: Mapping[str, Stage],
+    free: frozenset[str] = EVALUATION,
+) -> dict[str, Any]:
+    """Pretrain (or restore a finished run), then do the other stages of `config`.
+
+    A stage may keep `<stage>_checkpoint.pt` in the folder while it works.
+
+    Args:
+        config: the script's `Config`.
+        data: what it names.
+        make_model: from `config` and the images' channels and side to a model with an attribute
+            `encoder`.
+        pretrain: trains the model and returns the rows of `metrics.csv`.
+        stages: by name; each returns what it adds to `summary.json`.
+        free: the settings that may differ when a finished run is evaluated again.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: data, settings or a run folder that cannot be used.
+        Diverged: the loss is not finite.
+    """
+    processes, nodes = devices.process_layout(config)
+    check_fit(config, data, processes * nodes)
+    fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
+    # Processes that train alone, like the tasks of an interactive SLURM job, all have folders.
+    main_process = processes * nodes == 1 or devices.process_rank() == 0
+    with contextlib.ExitStack() as stack:
+        run = None
+        if main_process:
+            run = stack.enter_context(runs.open_run(config, data.fingerprint(), free))
+        fabric.launch()
+        run = runs.Run(Path(fabric.broadcast(str(run and run.folder))), *([run.log] if run else []))
+        devices.seed_everything(config.seed)
+        model: Any = make_model(config, *data.train.images.shape[1:3])
+        model = model.to(fabric.device).to(memory_format=torch.channels_last)
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if main_process:
+            print(data)
+            several = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
+            print(
+                f"{type(model).__name__} with {config.encoder}, "
+                f"{encoders.count_parameters(model) / 1e6:.1f} M parameters, on "
+                f"{several}{devices.hardware(config.device)} "
+                f"({devices.pick_precision(config.device, config.precision)})"
+            )
+        data = data.to(fabric.device)
+        if "pretrain" in config.stage_names:
+            history = pretrain(model, data, config, run, fabric)
+            if fabric.world_size > 1:  # what follows is one process's work, with its own BatchNorm
+                torch.distributed.destroy_process_group()
+            if not main_process:
+                return {}
+            facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
+            facts |= {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()}
+            # One entry: safetensors writes several in random order.
+            about = {"about": json.dumps(facts)}
+            checkpoints.save_weights(run.folder / "encoder.safetensors", model.encoder, about)
+        else:
+            if not main_process:
+                return {}
+            epoch, history = checkpoints.restore(run.folder / "checkpoint.pt", model)
+            require(
+                epoch == config.epochs,
+                f"{run.folder} has finished {epoch} of {config.epochs} epochs: let it finish "
+                "first, with pretrain among the --stages",
+            )
+        if fabric.world_size > 1:
+            fabric = devices.make_fabric(config.device, config.precision)
+        seconds = sum(row["seconds"] for row in history)
+        values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
+        summary = run.summarize(values, config.epochs)
+        for name, stage in stages.items():
+            if name not in config.stage_names:
+                continue
+            if name != "embed" and not data.classes:
+                print(f"{name} is skipped: it needs labels, and {data.name} has none")
+                continue
+            began = time.perf_counter()
+            values = stage(model, data, config, run.folder, fabric) or {}
+            values[f"{name}_seconds"] = time.perf_counter() - began
+            summary = run.summarize(values, config.epochs)
+            (run.folder / f"{name}_checkpoint.pt").unlink(missing_ok=True)
+        report(summary, run.folder)
+    return summary
+
+
+def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: int) -> None:
+    """See at the start whether all stages can be done with this data.
+
+    Raises:
+        UserError: they cannot.
+    """
+    require(
+        "pretrain" in config.stage_names or config.resume is not None,
+        "--stages without pretrain needs --resume RUN_FOLDER",
+    )
+    images = len(data.train)
+    require(
+        config.batch_size <= images,
+        f"--batch-size {config.batch_size} is larger than the data set ({images} images)",
+    )
+    require(
+        config.batch_size % processes == 0,
+        f"--batch-size {config.batch_size} does not divide among {processes} processes",
+    )
+    mapped = len(data.test or data.train)
+    require(
+        "embed" not in config.stage_names or mapped >= 5,
+        f"a map takes at least 5 images, not {mapped}: leave embed out of --stages",
+    )
+    require(
+        "study" not in config.stage_names or not data.classes or bool(config.label_counts(images)),
+        f"--labels {config.labels}: there are only {images:,} training images",
+    )
+
+
+def report(summary: dict[str, Any], folder: Path) -> None:
+    """Print the numbers and where everything is."""
+    print(f"final loss            {summary['final_loss']:.4f}")
+    for key, name in (
+        ("linear_probe_accuracy", "linear probe"),
+        ("pixel_probe_accuracy", "  on raw pixels"),
+        ("knn_accuracy", "kNN"),
+        ("few_label_accuracy_encoder", "{} labels per class"),
+        ("few_label_accuracy_pixels", "  on raw pixels"),
+        ("finetune_accuracy", "fine-tuned"),
+    ):
+        value = summary.get(key)
+        if isinstance(value, dict):
+            name = name.format(value["labels_per_class"])
+            print(f"{name:21} {value['mean']:.1%} ± {value['sd']:.1%} over {value['draws']} draws")
+        elif value is not None:
+            print(f"{name:21} {value:.1%}")
+    print(f"time                  {progress.format_seconds(summary['seconds'])}")
+    runs.print_folder(folder)

@@ -1,0 +1,259 @@
+"""Settings: a frozen dataclass whose fields are flags, and which `config.json` brings back."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from support import files
+from support.errors import UserError, require
+
+_MISSING = object()
+
+
+def setting(default: Any, group: str, text: str, before: Any = _MISSING) -> Any:
+    """A `Config` field with its default, its group in `--help` and its line there.
+
+    `before` is the value that means what the scripts did when they had no such setting; run folders
+    from then take it. Without it that is the default.
+    """
+    before = default if before is _MISSING else before
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": text, "before": before}
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings every experiment script has.
+
+    A script inherits them, and gives some another default in the line of its class:
+    `class Config(RunConfig, seed=7)`.
+    """
+
+    SCRIPT: ClassVar[str] = ""  # the script's name
+
+    dataset: str = setting(
+        "cifar10", "data", "cifar10, fashion-mnist, digits, or a path to a folder of images"
+    )
+    data_dir: str = setting("data", "data", "where downloads and the image cache are kept")
+    image_size: int = setting(32, "data", "side in pixels to which a folder's images are resized")
+    download_url: str | None = setting(
+        None, "data", "another address of the data set's archive (same MD5 check)"
+    )
+    output_dir: str = setting("results", "run", "where run folders are made")
+    name: str | None = setting(None, "run", "name of the run folder (default: time and seed)")
+    resume: str | None = setting(None, "run", "run folder to continue, with its own settings")
+    seed: int = setting(0, "run", "seed of everything that is random")
+    logger: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "run", "where the numbers go besides metrics.csv"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "run", "where to compute")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "run", "auto: bfloat16 autocast where the hardware has matrix units for it"
+    )
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        """Take other defaults for inherited settings."""
+        super().__init_subclass__()
+        inherited = {field.name: field for field in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls.__base__)
+        own = inspect.get_annotations(cls)
+        for name, default in defaults.items():
+            own[name] = hints[name]
+            text = inherited[name].metadata
+            setattr(cls, name, setting(default, text["group"], text["help"]))
+        cls.__annotations__ = own
+
+    def __post_init__(self) -> None:
+        """Check types, and the ranges that hold for every script."""
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            require(has_type(value, hint), f"{flag(name)} cannot be {value!r:.60}")
+        require(0 <= self.seed < 2**63, f"--seed must be in [0, 2^63), not {self.seed}")
+        require(
+            8 <= self.image_size <= 1024,
+            f"--image-size must be between 8 and 1024 pixels, not {self.image_size}",
+        )
+        require(self.resume != "", "--resume takes a run folder, not an empty name")
+        if self.name is not None:
+            require(
+                self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
+                f"--name must be a plain folder name, not {self.name!r}",
+            )
+
+    @classmethod
+    def to_start_from(cls, arguments: Sequence[str]) -> Any:
+        """What the flags of a command line change: with `--resume` the folder's, else the defaults.
+
+        Raises:
+            UserError: a run folder that cannot be read.
+        """
+        folder = find_flag("--resume", arguments)
+        return load_config(cls, folder) if folder else cls()
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    """The settings every training has besides."""
+
+    epochs: int = setting(100, "training", "passes over the training images")
+    batch_size: int = setting(256, "training", "images per step")
+    learning_rate: float = setting(1e-3, "training", "peak learning rate")
+    weight_decay: float = setting(0.0, "training", "weight decay")
+
+    def __post_init__(self) -> None:
+        """Check ranges that hold for every training."""
+        super().__post_init__()
+        require(self.epochs >= 1, f"--epochs must be at least 1, not {self.epochs}")
+        require(self.batch_size >= 2, f"--batch-size must be at least 2, not {self.batch_size}")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"--learning-rate must be a positive number, not {self.learning_rate}",
+        )
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"--weight-decay must not be negative, not {self.weight_decay}",
+        )
+
+
+# Settings that say where a run computes and what it does next, not what it is: they may differ
+# from the saved ones when a run is resumed. Of the data set the pixels count, not the spelling.
+FREE_ON_RESUME = frozenset(
+    {"dataset", "data_dir", "download_url", "output_dir", "name", "resume", "device", "logger"}
+    | {"devices"}
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are `UserError`s: one line, exit code 2, like every other."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise what argparse would print."""
+        raise UserError(f"{message} (see --help)")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting's name."""
+    return "--" + name.replace("_", "-")
+
+
+def field_types(config_class: Any) -> dict[str, Any]:
+    """The type of each setting."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def _flag_type(hint: Any) -> tuple[type, dict[str, Any]]:
+    """Argparse's keyword arguments for a field's type."""
+    if isinstance(hint, types.UnionType):  # `int | None`
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return str, {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        return parts[0], {"type": parts[0], "nargs": len(parts)}
+    if hint is bool:
+        return bool, {"action": argparse.BooleanOptionalAction}
+    return hint, {"type": hint}
+
+
+def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: str) -> Any:
+    """Parse a command line into a `Config`.
+
+    With `--resume RUN_FOLDER` the settings saved there are the defaults, and `open_run` refuses a
+    flag that contradicts them.
+
+    Raises:
+        UserError: an unknown flag, a bad value, or a run folder that cannot be read.
+    """
+    defaults = config_class.to_start_from(arguments)
+    parser = Parser(
+        usage="%(prog)s [flags]",
+        description=text,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34, width=100
+        ),
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = getattr(defaults, field.name)
+        kind, options = _flag_type(field_types(config_class)[field.name])
+        if "choices" not in options and kind is not bool:
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        note = "" if default is None else f" [{shown}]"
+        groups[group].add_argument(
+            flag(field.name), default=default, help=field.metadata["help"] + note, **options
+        )
+    values = vars(parser.parse_args(arguments)).items()
+    changed: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
+    return config_class(**changed)
+
+
+def find_flag(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of one flag of a command line, None when it is not there."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value")
+    return parser.parse_known_args(arguments)[0].value
+
+
+def load_config(config_class: Any, folder: str | Path) -> Any:
+    """The `Config` saved in a run folder's `config.json`, checked as a command line is.
+
+    A setting that the folder lacks, because it is from an older version, takes the value that means
+    what the script did then; a line says so.
+
+    Raises:
+        UserError: no such file, no JSON, another script's, or a value of a wrong type.
+    """
+    path = Path(folder) / "config.json"
+    require(path.is_file(), f"{folder} is not a run folder: it has no config.json")
+    saved = files.read_json(path)
+    script = saved.get("script")
+    require(
+        script == config_class.SCRIPT,
+        f"{folder} is a run of {script}.py, not of {config_class.SCRIPT}.py",
+    )
+    values: dict[str, Any] = {}
+    lacking = []
+    for field in dataclasses.fields(config_class):
+        value = saved.get(field.name)
+        if field.name not in saved:
+            value = field.metadata["before"]
+            lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    if lacking:
+        print(
+            f"{folder} is of an older version, which did what this one does with "
+            + ", ".join(lacking)
+        )
+    try:
+        return config_class(**values)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of a setting's type; a whole number is a `float`, too."""
+    if isinstance(hint, types.UnionType):
+        return any(has_type(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        fits = isinstance(value, tuple) and len(value) == len(parts)
+        return fits and all(map(has_type, value, parts))
+    return type(value) is hint or (hint is float and type(value) is int)

@@ -1,0 +1,75 @@
+"""The supervised training that fine-tuning and the study of few labels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from support import checkpoints, devices, progress
+
+
+def train_classifier(
+    classifier: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    prepare: Callable[[Tensor, torch.Generator], Tensor],
+    epochs: int,
+    seed: int,
+    fabric: Any,
+    start: int = 0,
+    batch_size: int = 256,
+) -> Iterator[dict[str, Any]]:
+    """Cross-entropy on `inputs[index]` after `prepare`, cosine from the optimizer's first rate.
+
+    Args:
+        classifier: any module `(B, ...) -> (B, K)`.
+        optimizer: over its weights; its `defaults["lr"]` is the peak rate.
+        inputs: `(N, ...)`, images or features, on the device to compute on.
+        labels: `(N,)`.
+        prepare: augments and normalises a batch, with a generator on the inputs' device.
+        epochs: the schedule's length; `start` of them are done.
+        seed: of order and augmentation.
+        fabric: Lightning Fabric.
+        start: epochs that are done, when the training goes on.
+        batch_size: capped at N; a smaller last batch is left out.
+
+    Yields:
+        `epoch`, `train_loss` and `train_accuracy` in [0, 1] after each epoch.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    wrapped, wrapped_optimizer = fabric.setup(classifier, optimizer)
+    peak, batch = optimizer.defaults["lr"], min(batch_size, len(inputs))
+    steps = len(inputs) // batch
+    for epoch in range(start, epochs):
+        order = torch.randperm(
+            len(inputs), generator=devices.epoch_generator(seed, epoch, stream=2)
+        )
+        order = order.to(inputs.device)
+        generator = devices.epoch_generator(seed, epoch, inputs.device, stream=3)
+        losses = progress.EpochLoss(steps, epoch + 1, inputs.device)
+        correct = torch.zeros((), dtype=torch.long, device=inputs.device)
+        classifier.train()
+        for step in range(steps):
+            rate = progress.scheduled_rate(peak, epoch * steps + step, epochs * steps, 0, "cosine")
+            optimizer.param_groups[0]["lr"] = rate
+            index = order[step * batch : (step + 1) * batch]
+            logits = wrapped(prepare(inputs[index], generator))  # (B, K)
+            loss = F.cross_entropy(logits, labels[index])
+            losses.add(loss)
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            wrapped_optimizer.step()
+            correct += (logits.argmax(1) == labels[index]).sum()
+        yield {
+            "epoch": epoch + 1,
+            "train_loss": losses.mean(),
+            "train_accuracy": correct.item() / (steps * batch),
+        }
+    checkpoints.check_finite(epochs, classifier, optimizer)
