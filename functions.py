@@ -1,8 +1,9 @@
-"""What two or more experiment scripts share.
+"""What two or more experiments share: loading images, measuring an encoder, plotting.
 
-Sections, in this order: run setup, data, augmentation, checkpoints, models, evaluation, plots.
-A function lives here when two or more scripts share it and it names no paper's method. Importing
-this module does nothing; heavy libraries are imported where they are used, so `--help` is quick.
+Sections, in this order: loaders, evaluation, plots. A function lives here when two or more scripts
+share it and it names no paper's method; what a reader of an experiment need not see stands in
+support/. Importing this module does nothing, and heavy libraries are imported where they are used,
+so `--help` is quick.
 
 Letters in shape comments: N images, B batch, C H W channels, height, width, D features, K classes.
 """
@@ -23,13 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import datasets, devices, files, page, progress
+from support import datasets, devices, files, page, progress, runs
 from support.errors import Diverged, UserError, require
+
+# ----------------------------------------------------------------------------------- loaders
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_MNIST_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
 )
 
 
@@ -596,10 +607,15 @@ def write_map_page(
 
     It shows the linear probe's predictions when the probe stage has been done.
     """
+    if not runs.has_package("plotly", "plotly", "embedding.html"):
+        return
     index, split = images_to_map(data)
     predictions = None
-    if data.test is not None and (folder / "predictions.npz").exists():
-        predictions = files.read_arrays(folder / "predictions.npz")["predictions"][index.numpy()]
+    path = folder / "predictions.npz"
+    if data.test is not None and path.exists():
+        arrays = files.read_arrays(path)
+        require("predictions" in arrays, f"{path} is damaged: it lacks the predictions")
+        predictions = arrays["predictions"][index.numpy()]
     labels = None if split.labels is None else split.labels.cpu().numpy()
     page.write_page(
         folder / "embedding.html",
@@ -619,10 +635,18 @@ def write_map_page(
 
 TRAIN_COLOR, TEST_COLOR = "#0077BB", "#EE7733"  # blue and orange, safe for colour-blind readers
 # Paul Tol's "muted" scheme, grey darkened to be visible on white.
-CLASS_COLORS = (
-    *("#332288", "#88CCEE", "#44AA99", "#117733", "#999933"),
-    *("#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777"),
-)
+CLASS_COLORS = [
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#777777",
+]
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -695,7 +719,7 @@ def plot_loss_and_accuracy(
 def class_colors(count: int) -> list[Any]:
     """A colour per class: a colour-blind safe set up to ten, a colour wheel beyond."""
     if count <= len(CLASS_COLORS):
-        return list(CLASS_COLORS[:count])
+        return CLASS_COLORS[:count]
     import matplotlib
 
     return list(matplotlib.colormaps["nipy_spectral"](np.linspace(0.05, 0.95, count)))

@@ -13,7 +13,6 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +68,8 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
         """Check the ranges."""
         super().__post_init__()
         require(
-            0 < self.temperature < math.inf,
-            f"--temperature must be a positive number, not {self.temperature}",
+            1e-4 <= self.temperature <= 1e4,
+            f"--temperature must be in [0.0001, 10000], not {self.temperature}",
         )
         for name in ("projection_hidden", "projection_size", "finetune_epochs"):
             good = 1 <= getattr(self, name) <= 10**6
@@ -127,13 +126,15 @@ def nt_xent_loss(
     pairs = z.ndim == 2 and len(z) > 0 and len(z) % 2 == 0
     require(pairs, f"z must be (2B, D), not {tuple(z.shape)}")
     alone = everyone is None or everyone is z
-    if rows is None:
-        rows = torch.arange(len(z), device=z.device)
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
         everyone = z if alone else F.normalize(everyone.float(), dim=1)
-        partner = (rows + len(everyone) // 2) % len(everyone)  # the pairs are i, i + B
-        positive = (z * everyone[partner]).sum(1) / temperature  # (2b,)
+        partners = everyone.roll(len(everyone) // 2, 0)  # (2B, D); the pairs are i, i + B
+        if rows is None:
+            rows = torch.arange(len(z), device=z.device)
+        elif not alone:
+            partners = partners[rows]
+        positive = (z * partners).sum(1) / temperature  # (2b,)
         # An anchor is not its own negative; the positive stays in the denominator, once.
         denominator = LogSumExp.apply(z / temperature, everyone, rows)  # (2b,)
         return denominator.mean() - positive.mean()
@@ -191,16 +192,19 @@ def pretrain(
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
     training = pretraining.Pretraining(model, optimizer, data.train, config, run, fabric, monitor)
-    network, stepper = fabric.setup(model, optimizer)
+    compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
+    network, stepper = fabric.setup(compiled(model), optimizer)
+    apply_views, loss_function = compiled(pretraining.apply_views), compiled(nt_xent_loss)
     for epoch in training.epochs():
         for step, images, generator in training.batches(epoch):
             optimizer.param_groups[0]["lr"] = training.rate(peak, step)
             pairs = images.repeat(2, 1, 1, 1)  # (2b, C, H, W), first views, then second views
-            views = pretraining.crop_views(pairs, config, generator, config.view_side(epoch))
+            drawn = pretraining.draw_views(pairs, config, generator)
+            views = apply_views(pairs, drawn, config.view_side(epoch))  # (2b, C, H, W), in [0, 1]
             views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
             z = network(views)  # (2b, D)
             everyone = training.share.gather(z)  # (2B, D), of all processes
-            loss = nt_xent_loss(z, config.temperature, everyone, training.share.rows)
+            loss = loss_function(z, config.temperature, everyone, training.share.rows)
             training.record(loss, z)
             stepper.zero_grad()
             fabric.backward(loss)
@@ -221,14 +225,16 @@ def embed(
     """
     index, split = functions.images_to_map(data)
     features = functions.extract_features(model.encoder, split, fabric)
+    arrays = {"features": features.cpu().numpy(), **functions.origin(split, index)}
+    if config.embedding == "umap" and not runs.has_package("umap", "umap-learn", "umap.png"):
+        files.write_arrays(folder / "embeddings.npz", **arrays)
+        return
     coordinates = functions.project_2d(features, config.embedding, config.seed)
-    arrays = {"features": features.cpu().numpy(), "coordinates": coordinates}
-    facts = functions.origin(split, index)
-    files.write_arrays(folder / "embeddings.npz", **arrays, **facts)
+    files.write_arrays(folder / "embeddings.npz", **arrays, coordinates=coordinates)
     method = {"tsne": "t-SNE", "umap": "UMAP"}[config.embedding]
     title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
     path = folder / f"{config.embedding}.png"
-    functions.plot_scatter(path, coordinates, facts.get("labels"), data.classes, title)
+    functions.plot_scatter(path, coordinates, arrays.get("labels"), data.classes, title)
     functions.write_map_page(folder, data, features, coordinates, title)
 
 
@@ -302,6 +308,8 @@ def main(config: Config) -> dict[str, Any]:
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
+    if config.optimizer == "lars":
+        runs.require_package("pytorch_optimizer", "pytorch-optimizer", "--optimizer lars")
     data = functions.load_images(
         config.dataset, config.data_dir, config.image_size, config.download_url
     )

@@ -201,11 +201,15 @@ def embed(
     index, split = functions.images_to_map(data)
     arrays = functions.origin(split, index)
     labels = arrays.get("labels")
+    has_umap = runs.has_package("umap", "umap-learn", "the map of z and p")
     for name, tail in (("z", ()), ("p", (model.predictor,))):
         network = nn.Sequential(model.encoder, model.projector, *tail)
         features = functions.extract_features(network, split, fabric)
+        arrays[name] = features.cpu().numpy()
+        if not has_umap:
+            continue
         points = functions.project_2d(features, "umap", config.seed, neighbours=10)
-        arrays |= {name: features.cpu().numpy(), f"{name}_coordinates": points}
+        arrays[f"{name}_coordinates"] = points
         title = f"UMAP of {name} of {len(split):,} images of {data.name}"
         functions.plot_scatter(folder / f"umap_{name}.png", points, labels, data.classes, title)
         rows = [{"x": float(x), "y": float(y)} for x, y in points]
@@ -214,7 +218,9 @@ def embed(
         files.write_csv(folder / f"umap_{name}.csv", rows)
         if name == "z":
             functions.write_map_page(folder, data, features, points, title)
-    arrays |= {"features": arrays["z"], "coordinates": arrays["z_coordinates"]}
+    arrays["features"] = arrays["z"]
+    if has_umap:
+        arrays["coordinates"] = arrays["z_coordinates"]
     files.write_arrays(folder / "embeddings.npz", **arrays)
 
 

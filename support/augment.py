@@ -1,4 +1,11 @@
-"""Batched augmentation with parameters drawn per sample."""
+"""Batched augmentation with parameters drawn per sample.
+
+Every op takes float images `(B, C, H, W)` in [0, 1] and returns new ones. Parameters are drawn per
+sample from `generator` (torch's, or a `Shard` of one), which must live on the images' device. Ops
+come in parts: `draw_*` draws parameters; `apply_*`, `adjust_*` and so on apply given ones, equal to
+torchvision's functional ops; `random_*` and so on do both. What applies takes tensors only, so that
+it can be compiled.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Every op takes float images (B, C, H, W) in [0, 1] and returns new ones. Parameters are drawn per
-# sample from `generator` (torch's, or a `Shard` of one), which must live on the images' device. Ops
-# come in pairs: `random_*` (and `color_jitter`, `gaussian_blur`) draw, the other half applies given
-# parameters and equals torchvision's functional op for the same parameters.
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as in torchvision
 
@@ -31,6 +33,7 @@ class Shard:
 
 
 Generator = torch.Generator | Shard
+Draws = dict[str, Tensor]
 
 
 def uniform_numbers(
@@ -53,6 +56,13 @@ def _uniform(
 def _chosen(images: Tensor, p: float, generator: Generator | None) -> Tensor:
     """Which samples an op with probability `p` applies to, `(B,)`, bool."""
     return uniform_numbers((len(images),), generator, images.device) < p
+
+
+def _where(name: str, drawn: Draws, changed: Tensor, images: Tensor) -> Tensor:
+    """The images that `drawn[name]` chooses changed; all of them where it chooses nothing."""
+    return (
+        torch.where(drawn[name][:, None, None, None], changed, images) if name in drawn else changed
+    )
 
 
 def draw_crop_boxes(
@@ -116,6 +126,18 @@ def resized_crop(
     return F.grid_sample(images, torch.stack((x, y), -1), align_corners=False)  # (B, C, out, out)
 
 
+def draw_resized_crop(
+    images: Tensor,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    generator: Generator | None = None,
+) -> Draws:
+    """`boxes` `(B, 4)`, and `mirrored` `(B,)` with probability `flip`."""
+    boxes = draw_crop_boxes(images, scale, ratio, generator)
+    return {"boxes": boxes, "mirrored": _chosen(images, flip, generator)}
+
+
 def random_resized_crop(
     images: Tensor,
     size: int | tuple[int, int] | None = None,
@@ -128,10 +150,9 @@ def random_resized_crop(
 
     It is mirrored with probability `flip`, as `random_horizontal_flip` would do in a second pass.
     """
-    boxes = draw_crop_boxes(images, scale, ratio, generator)
-    mirrored = _chosen(images, flip, generator)
     height, width = images.shape[2:]
-    return resized_crop(images, boxes, (height, width) if size is None else size, mirrored)
+    drawn = draw_resized_crop(images, scale, ratio, flip, generator)
+    return resized_crop(images, drawn["boxes"], size or (height, width), drawn["mirrored"])
 
 
 def random_horizontal_flip(
@@ -181,11 +202,12 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """
     value, least = images.amax(1), images.amin(1)  # (B, H, W)
     chroma = value - least
-    divisor = chroma.clamp_min(1e-12)  # grey has no hue, and its chroma of 0 hides what comes out
-    share = (images - least[:, None]).div_(divisor[:, None])  # of the largest, which has exactly 1
+    is_largest = (images == value[:, None]).to(images.dtype)
+    # Grey has no hue, and its chroma of 0 hides what comes out.
+    share = (images - least[:, None]).div_(chroma.clamp_min(1e-12)[:, None])
     red, green, blue = share.unbind(1)
     hues = green - blue, (blue - red).add_(2), (red - green).add_(4)  # where that is the largest
-    is_red, is_green, _ = share.floor_().unbind(1)
+    is_red, is_green, _ = is_largest.unbind(1)
     hue = hues[2].lerp_(hues[1], is_green).lerp_(hues[0], is_red)
     hue.div_(6).add_(shift[:, None, None])  # of a circle
     # k is 2 where this fraction is a half: min(k, 4 - k) is 2 less the distance from there
@@ -193,6 +215,50 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     fraction = torch.add(hue[:, None], offset, out=share).frac_()  # (B, 3, H, W)
     weight = fraction.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return weight.mul_(chroma[:, None]).neg_().add_(value[:, None])
+
+
+def draw_color_jitter(
+    images: Tensor,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+    p: float = 1.0,
+    generator: Generator | None = None,
+) -> Draws:
+    """`jittered` `(B,)` with probability `p`, and factors `(B,)` of the ops that do something.
+
+    Factors are uniform in [max(0, 1 - strength), 1 + strength], the hue shift in [-hue, hue].
+    Saturation and hue leave grey images as they are.
+    """
+    count, in_colour = len(images), images.shape[1] == 3
+    jittered = _chosen(images, p, generator)
+    drawn = {"jittered": jittered} if p < 1 else {}
+    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    for name, strength in strengths.items():
+        if strength > 0 and (in_colour or name != "saturation"):
+            low, high = max(0.0, 1 - strength), 1 + strength
+            drawn[name] = _uniform(count, low, high, images, generator)
+    if hue > 0 and in_colour:
+        drawn["hue"] = _uniform(count, -hue, hue, images, generator)
+    return drawn
+
+
+def apply_color_jitter(images: Tensor, drawn: Draws) -> Tensor:
+    """The ops for which there are factors, in a fixed order, on the images that are `jittered`.
+
+    torchvision shuffles the order; the fixed one lets all samples share each op.
+    """
+    adjusted = images
+    for name, adjust in (
+        ("brightness", adjust_brightness),
+        ("contrast", adjust_contrast),
+        ("saturation", adjust_saturation),
+        ("hue", adjust_hue),
+    ):
+        if name in drawn:
+            adjusted = adjust(adjusted, drawn[name])
+    return _where("jittered", drawn, adjusted, images)
 
 
 def color_jitter(
@@ -204,31 +270,24 @@ def color_jitter(
     p: float = 1.0,
     generator: Generator | None = None,
 ) -> Tensor:
-    """`ColorJitter` with probability `p` per sample, in this fixed order of its four ops.
+    """`ColorJitter` with probability `p` per sample, as `draw_color_jitter` says."""
+    strengths = (brightness, contrast, saturation, hue)
+    return apply_color_jitter(images, draw_color_jitter(images, *strengths, p, generator))
 
-    torchvision shuffles the order; the fixed one lets all samples share each op. Factors are
-    uniform in [max(0, 1 - strength), 1 + strength], the hue shift in [-hue, hue]. Saturation and
-    hue leave grey images as they are.
-    """
-    chosen = _chosen(images, p, generator)
-    jittered = images
-    for strength, adjust in (
-        (brightness, adjust_brightness),
-        (contrast, adjust_contrast),
-        (saturation, adjust_saturation),
-    ):
-        if strength > 0 and not (adjust is adjust_saturation and images.shape[1] == 1):
-            low, high = max(0.0, 1 - strength), 1 + strength
-            jittered = adjust(jittered, _uniform(len(images), low, high, images, generator))
-    if hue > 0 and images.shape[1] == 3:
-        jittered = adjust_hue(jittered, _uniform(len(images), -hue, hue, images, generator))
-    return jittered if p >= 1 else torch.where(chosen[:, None, None, None], jittered, images)
+
+def draw_grayscale(images: Tensor, p: float = 0.1, generator: Generator | None = None) -> Draws:
+    """`greyed` `(B,)` with probability `p`."""
+    return {"greyed": _chosen(images, p, generator)}
+
+
+def apply_grayscale(images: Tensor, drawn: Draws) -> Tensor:
+    """Replace the images that are `greyed` by their luma in all channels."""
+    return _where("greyed", drawn, grayscale(images), images)
 
 
 def random_grayscale(images: Tensor, p: float = 0.1, generator: Generator | None = None) -> Tensor:
     """Replace each image by its luma in all channels with probability `p`."""
-    chosen = _chosen(images, p, generator)
-    return torch.where(chosen[:, None, None, None], grayscale(images), images)
+    return apply_grayscale(images, draw_grayscale(images, p, generator))
 
 
 def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -242,6 +301,23 @@ def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     return F.conv2d(padded, kernels[:, None], groups=len(kernels)).view(images.shape)
 
 
+def draw_gaussian_blur(
+    images: Tensor,
+    sigma: tuple[float, float] = (0.1, 2.0),
+    p: float = 1.0,
+    generator: Generator | None = None,
+) -> Draws:
+    """`blurred` `(B,)` with probability `p`, and `sigma` `(B,)`, uniform in the range `sigma`."""
+    blurred = _chosen(images, p, generator)
+    drawn = {"blurred": blurred} if p < 1 else {}
+    return drawn | {"sigma": _uniform(len(images), *sigma, images, generator)}
+
+
+def apply_gaussian_blur(images: Tensor, drawn: Draws, kernel_size: int = 3) -> Tensor:
+    """Blur the images that are `blurred`, each with its `sigma`."""
+    return _where("blurred", drawn, blur(images, drawn["sigma"], kernel_size), images)
+
+
 def gaussian_blur(
     images: Tensor,
     kernel_size: int = 3,
@@ -250,7 +326,5 @@ def gaussian_blur(
     generator: Generator | None = None,
 ) -> Tensor:
     """Blur each image with probability `p` and its own sigma, uniform in the range `sigma`."""
-    chosen = _chosen(images, p, generator)
-    drawn = _uniform(len(images), *sigma, images, generator)
-    blurred = blur(images, drawn, kernel_size)
-    return blurred if p >= 1 else torch.where(chosen[:, None, None, None], blurred, images)
+    drawn = draw_gaussian_blur(images, sigma, p, generator)
+    return apply_gaussian_blur(images, drawn, kernel_size)

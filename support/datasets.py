@@ -75,6 +75,12 @@ class ImageData:
     train: Split
     test: Split | None
 
+    def __post_init__(self) -> None:
+        """See at the start that plots and tables can show the names, which are those of folders."""
+        for name in (self.name, *self.classes):
+            shown = name.encode(errors="ignore").decode()
+            require(shown == name, f"the folder {name!r} has a name that is no UTF-8: rename it")
+
     def measured(self) -> ImageData:
         """The same data, all of it normalised with the statistics of its training images."""
         mean, std = channel_statistics(self.train.images)

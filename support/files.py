@@ -40,6 +40,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def finite(text: str) -> float:
+    """The number that `text` spells; ValueError when it is not finite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def whole(text: str) -> int:
+    """The whole number that `text` spells; ValueError when a float could not hold it."""
+    finite(text)
+    return int(text)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file, atomically."""
     with atomic_file(path) as temporary:
@@ -54,7 +68,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     require(path.is_file() or not path.exists(), f"{path} is not a plain file")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_float=finite, parse_constant=finite, parse_int=whole)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -70,14 +85,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def finite(text: str) -> float:
-    """The number that `text` spells; ValueError when it is not finite."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
 
 
 def read_csv(path: Path, columns: dict[str, Callable[[str], Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ B images in a batch, b of them this process's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -57,6 +58,9 @@ class PretrainingConfig(settings.TrainingConfig):
         "cosine", "training", "learning rate after the warm-up"
     )
     warmup_epochs: int = setting(0, "training", "epochs of linear warm-up")
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "run", "torch.compile of model, views and loss; auto: in a long training on CUDA"
+    )
     knn_every: int = setting(
         10, "training", "epochs between kNN checks on held-out training images; 0 for none"
     )
@@ -182,18 +186,36 @@ def crop_views(
     Returns:
         `(B, C, H, W)` in [0, 1].
     """
+    return apply_views(images, draw_views(images, config, generator, crop_only), size)
+
+
+def draw_views(
+    images: Tensor, config: PretrainingConfig, generator: augment.Generator, crop_only: bool = False
+) -> augment.Draws:
+    """The random numbers of `crop_views`, a tensor of B rows for each."""
     scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
-    views = augment.random_resized_crop(
-        datasets.to_float(images), size, scale, flip=flip, generator=generator
-    )
+    drawn = augment.draw_resized_crop(images, scale, flip=flip, generator=generator)
     if crop_only:
-        return views
-    views = augment.color_jitter(views, *config.jitter, config.jitter_probability, generator)
+        return drawn
+    p = config.jitter_probability
+    drawn |= augment.draw_color_jitter(images, *config.jitter, p, generator)
     if config.grayscale_probability > 0:
-        views = augment.random_grayscale(views, config.grayscale_probability, generator)
+        drawn |= augment.draw_grayscale(images, config.grayscale_probability, generator)
     if config.blur_probability > 0:
-        views = augment.gaussian_blur(views, 3, (0.1, 2.0), config.blur_probability, generator)
-    return views
+        p = config.blur_probability
+        drawn |= augment.draw_gaussian_blur(images, (0.1, 2.0), p, generator)
+    return drawn
+
+
+def apply_views(images: Tensor, drawn: augment.Draws, size: int | None = None) -> Tensor:
+    """The views that `draw_views` has drawn."""
+    images = datasets.to_float(images)
+    height, width = images.shape[2:]
+    views = augment.resized_crop(images, drawn["boxes"], size or (height, width), drawn["mirrored"])
+    views = augment.apply_color_jitter(views, drawn)
+    if "greyed" in drawn:
+        views = augment.apply_grayscale(views, drawn)
+    return augment.apply_gaussian_blur(views, drawn) if "sigma" in drawn else views
 
 
 class Share:
@@ -276,6 +298,11 @@ class Pretraining:
             if fabric.is_global_zero:
                 files.write_csv(run.folder / "metrics.csv", self.history)
 
+    @property
+    def steps_left(self) -> int:
+        """How many steps the epochs have that are left."""
+        return (self.config.epochs - len(self.history)) * self.steps
+
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from 0.
 
@@ -283,8 +310,8 @@ class Pretraining:
             Diverged: a loss or a weight is not finite; the last finished epoch's checkpoint stays.
         """
         config, begin = self.config, len(self.history)
-        total = (config.epochs - begin) * self.steps * config.batch_size
-        with progress.bar(total, "pretrain", self.fabric.is_global_zero) as self._bar:
+        images = self.steps_left * config.batch_size
+        with progress.bar(images, "pretrain", self.fabric.is_global_zero) as self._bar:
             cost = self.steps * (1 + self._epochs_after(begin)) if begin < config.epochs else 0
             self._estimate = progress.Estimate(self._bar, cost)
             for epoch in range(begin, config.epochs):
@@ -376,6 +403,18 @@ class Pretraining:
                 f"  (epoch {row['epoch']}: loss {row['loss']:.3f}, standard deviation {spread:.0%} "
                 "of the sphere's)"
             )
+
+
+def choose_compiler(config: PretrainingConfig, steps: int, device: torch.device) -> Callable:
+    """What `--compile` does to a module or a function of tensors: `torch.compile`, or nothing.
+
+    `auto` compiles on CUDA when `steps` are left that win back the minute that it takes.
+    """
+    worthwhile = device.type == "cuda" and steps >= 15_000
+    if config.compile == "off" or (config.compile == "auto" and not worthwhile):
+        return lambda part: part
+    # Not dynamic: a schedule of view sizes would compile for all sizes at once, which is slower.
+    return functools.partial(torch.compile, dynamic=False)
 
 
 Stage = Callable[[Any, datasets.ImageData, Any, Path, Any], dict[str, Any] | None]

@@ -15,9 +15,20 @@ from support import augment
 # neighbours and black outside. There a batch shares one draw; here every sample has its own.
 
 RANDAUGMENT_OPS = (
-    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
-    *("Brightness", "Color", "Contrast", "Sharpness"),
-    *("Posterize", "Solarize", "AutoContrast", "Equalize"),
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
 )
 MAGNITUDE_BINS = 31  # magnitudes 0 to 30
 

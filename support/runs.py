@@ -77,9 +77,23 @@ def _stopping_signals() -> list[signal.Signals]:
 
 
 def show_lines_at_once() -> None:
-    """Let what is printed into a log file be seen line by line."""
+    """Let what is printed into a log file be seen line by line, also names that are no UTF-8."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def has_package(module: str, package: str, what: str) -> bool:
+    """Whether an optional package is there; if not, a line says what is left out without it."""
+    there = importlib.util.find_spec(module) is not None
+    if not there:
+        print(f"{what} is left out: it needs another package (pip install {package})")
+    return there
+
+
+def require_package(module: str, package: str, what: str) -> None:
+    """Raise UserError unless a package is there without which `what` cannot be done."""
+    there = importlib.util.find_spec(module) is not None
+    require(there, f"{what} needs another package: pip install {package}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -116,7 +130,9 @@ class Run:
         times = [v for k, v in summary.items() if k.endswith("_seconds")]
         summary["seconds"] = sum(value for value in times if isinstance(value, int | float))
         files.write_json(path, summary)
-        self.log({f"final/{name}": value for name, value in values.items()}, step)
+        for name, value in values.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            self.log({f"final/{name}/{part}".rstrip("/"): v for part, v in parts}, step)
         return summary
 
 
@@ -127,7 +143,8 @@ def open_run(
     """Make (or, with `config.resume`, reopen) the run folder and write `config.json`.
 
     Args:
-        config: the script's `Config`; the folder is `<output_dir>/<script>/<name>`.
+        config: the script's `Config`; the folder is `<output_dir>/<script>/<name>`. The precision
+            that `auto` chooses is written into `config.json`, so that a resumed run keeps it.
         fingerprint: of the data, which must be the same on resume.
         free: further settings that may differ from the saved ones on resume.
 
@@ -137,6 +154,8 @@ def open_run(
     Raises:
         UserError: the folder exists already, cannot be written, or contradicts the settings.
     """
+    _, because = devices.choose_precision(config.device, config.precision)
+    config = devices.with_chosen_precision(config)
     session = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _git_commit(),
@@ -144,14 +163,12 @@ def open_run(
         "hardware": devices.hardware(config.device),
         "threads": torch.get_num_threads(),
         "computed_in": devices.pick_precision(config.device, config.precision),
+        "precision_because": because,
         "processes": math.prod(devices.process_layout(config)),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     if config.logger != "none":
-        require(
-            importlib.util.find_spec(config.logger) is not None,
-            f"--logger {config.logger} needs a package: pip install {config.logger}",
-        )
+        require_package(config.logger, config.logger, f"--logger {config.logger}")
     with contextlib.ExitStack() as stack:
         if config.resume is None:
             folder = _new_folder(Path(config.output_dir) / config.SCRIPT, config)
@@ -201,7 +218,8 @@ def _reopen(
     ]
     if changed:
         print("The result may differ in the last bits: " + "; ".join(changed) + ".")
-    return record | {"resumed": [*record.get("resumed", []), session]}
+    before = record.get("resumed")
+    return record | {"resumed": [*(before if isinstance(before, list) else []), session]}
 
 
 def _script_path(config: Any) -> str:

@@ -58,7 +58,7 @@ class RunConfig:
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "run", "where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "run", "auto: bfloat16 autocast where the hardware has matrix units for it"
+        "auto", "run", "auto: bfloat16 autocast where the hardware has units for it"
     )
 
     def __init_subclass__(cls, **defaults: Any) -> None:
@@ -129,8 +129,11 @@ class TrainingConfig(RunConfig):
 # from the saved ones when a run is resumed. Of the data set the pixels count, not the spelling.
 FREE_ON_RESUME = frozenset(
     {"dataset", "data_dir", "download_url", "output_dir", "name", "resume", "device", "logger"}
-    | {"devices"}
+    | {"devices", "compile"}
 )
+
+
+COMPUTED_IN = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -235,6 +238,8 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
             value = field.metadata["before"]
             lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
+    if values["precision"] == "auto":  # older versions recorded their choice beside it
+        values["precision"] = COMPUTED_IN.get(str(saved.get("computed_in")), "auto")
     if lacking:
         print(
             f"{folder} is of an older version, which did what this one does with "
