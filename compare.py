@@ -3,14 +3,16 @@
     python compare.py results/rnn/a results/rnn/b
     python compare.py results/simclr/* --figure comparison.png
 
-Reads `config.json`, `metrics.csv` and `summary.json` of the run folders, of any script. Runs that
-differ in nothing but their seed are one row (mean ± sd) and one curve (mean, with a band of one
-standard deviation). The cells of rnn.py are rows of their own.
+Reads `config.json`, `metrics.csv` and `summary.json` of the run folders, of any script and of older
+versions. Runs that differ in nothing but their seed are one row (mean ± sd) and one curve (mean,
+with a band of one standard deviation). The cells of rnn.py are rows of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,12 +26,15 @@ from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import FREE_ON_RESUME, Parser
 
-# What config.json says besides the settings, and settings that change no result.
-FACTS = frozenset(
-    {"command", "commit", "versions", "hardware", "threads", "processes", "started", "resumed"}
-    | {"data", *FREE_ON_RESUME}
-) - {"dataset"}
-COLUMNS = {  # key of the summary to the head of a column
+# What config.json says of a run's surroundings, and settings that change no result: `config` is the
+# file that others came from.
+NOT_COMPARED = frozenset(
+    {"script", "command", "commit", "versions", "hardware", "threads", "processes", "started"}
+    | {"resumed", "data", "config"}
+    | (FREE_ON_RESUME - {"dataset"})
+)
+# The table's columns: a key of summary.json, and what stands above its numbers.
+COLUMNS = {
     "linear_probe_accuracy": "linear probe %",
     "knn_accuracy": "kNN %",
     "few_label_accuracy_encoder": "few labels %",
@@ -41,7 +46,7 @@ COLUMNS = {  # key of the summary to the head of a column
 }
 # Paul Tol's "bright" scheme, whose lines are easier to tell apart than the classes' colours.
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#555555")
-KINDS = (".png", ".pdf", ".svg")
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 # Which columns of metrics.csv a panel shows, and the style of each.
 PANELS = {
     "loss": {"loss": "-", "train_loss": "--", "validation_loss": "-"},
@@ -61,8 +66,8 @@ class Run:
     summary: dict[str, Any]
 
 
-def number(text: str) -> float | None:
-    """A cell of metrics.csv; empty ones, as of kNN between its epochs, are None."""
+def number_or_none(text: str) -> float | None:
+    """A number of metrics.csv; an empty field, as of kNN between its epochs, is None."""
     return files.finite(text) if text else None
 
 
@@ -81,29 +86,46 @@ def read_run(folder: Path) -> list[Run]:
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.readline().strip().split(",")
     kinds: dict[str, Callable[[str], Any]] = {
-        name: str if name == "cell" else number for name in head
+        name: str if name == "cell" else number_or_none for name in head
     }
     rows = files.read_csv(path, kinds)
     require({"epoch"} <= set(head) and bool(rows), f"{path} is damaged: it holds no epochs")
-    settings = {k: v for k, v in config.items() if k not in FACTS}
-    cells = list(dict.fromkeys(row.get("cell", "") for row in rows))
-    return [
-        Run(
-            str(config.get("name") or folder.resolve().name),
-            str(config.get("script", "?")),
-            cell,
-            {k: v for k, v in settings.items() if k != "cells"},
-            [row for row in rows if row.get("cell", "") == cell],
-            {k.removeprefix(f"{cell}_"): v for k, v in summary.items() if not cell or cell in k},
+    script = str(config.get("script", "?"))
+    settings = {**settings_before(script), **config}
+    for name in NOT_COMPARED | {"cells"}:  # a cell is a row of its own
+        settings.pop(name, None)
+    runs = []
+    for cell in dict.fromkeys(row.get("cell", "") for row in rows):
+        prefix = f"{cell}_" if cell else ""
+        runs.append(
+            Run(
+                str(config.get("name") or folder.resolve().name),
+                script,
+                cell,
+                settings,
+                [row for row in rows if row.get("cell", "") == cell],
+                {k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix)},
+            )
         )
-        for cell in cells
-    ]
+    return runs
+
+
+def settings_before(script: str) -> dict[str, Any]:
+    """What each setting of a script was before the script had it, for runs of older versions."""
+    path = Path(__file__).with_name(f"{script}.py")
+    # The name is from a file: no other module than a script beside this one may be imported.
+    if not script.isidentifier() or not path.is_file():
+        return {}
+    config_class = getattr(importlib.import_module(script), "Config", None)
+    fields = dataclasses.fields(config_class) if config_class else ()
+    values = {field.name: field.metadata["before"] for field in fields}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}  # as JSON has it
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that differ in nothing but their seed together, in order of appearance.
 
-    A setting that one of them lacks, because the script got it later, is no difference.
+    A setting that one of them lacks, because the script has it no more, is no difference.
     """
     groups: list[list[Run]] = []
     for run in runs:
@@ -120,7 +142,7 @@ def group(runs: Sequence[Run]) -> list[list[Run]]:
     return groups
 
 
-def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     """A name for each group: that of its first run, and the cell where there are several."""
     names = []
     several = len({runs[0].cell for runs in groups}) > 1
@@ -128,13 +150,13 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         parts = [runs[0].name, runs[0].cell if several else ""]
         names.append(" ".join(part for part in parts if part))
     scripts = [runs[0].script for runs in groups]
-    if len(set(names)) < len(names):  # the same name of several scripts
+    if len(set(names)) < len(names):  # runs of several scripts may have the same name
         names = [f"{script} {name}" for script, name in zip(scripts, names, strict=True)]
     return names
 
 
-def value_of(run: Run, key: str) -> float | None:
-    """A number of the summary: accuracies in percent, time in minutes."""
+def shown_value(run: Run, key: str) -> float | None:
+    """A number of the summary as the table has it: accuracies in percent, time in minutes."""
     value = run.summary.get(key)
     if isinstance(value, dict):
         value = value.get("mean")
@@ -143,13 +165,13 @@ def value_of(run: Run, key: str) -> float | None:
     return value / 60 if key == "seconds" else value * 100 if "accuracy" in key else value
 
 
-def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[list[str]]:
-    """The table's cells, head first; columns that no run fills are left out."""
+def make_table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[list[str]]:
+    """The table's rows, head first; columns that no run fills are left out."""
     rows = [["run", "seeds", *COLUMNS.values()]]
     for runs, name in zip(groups, names, strict=True):
         row = [name, str(len(runs))]
         for key in COLUMNS:
-            values = [value for run in runs if (value := value_of(run, key)) is not None]
+            values = [value for run in runs if (value := shown_value(run, key)) is not None]
             digits = 3 if key == "final_loss" else 1
             text = f"{statistics.mean(values):.{digits}f}" if values else ""
             if len(values) > 1:
@@ -160,7 +182,7 @@ def table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[list[st
     return [[row[i] for i in kept] for row in rows]
 
 
-def differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[str]:
+def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[str]:
     """A line per group with the settings in which the groups of its script differ."""
     lines = []
     for runs, name in zip(groups, names, strict=True):
@@ -180,8 +202,8 @@ def differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[s
 def plot_curves(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> None:
     """Overlay the curves: a colour per group, dashed on training images of rnn.py."""
     figure = functions.new_figure(10, 4)
-    several = len(groups) > len(COLORS)
-    colors = functions.class_colors(len(groups)) if several else COLORS[: len(groups)]
+    many = len(groups) > len(COLORS)
+    colors = functions.class_colors(len(groups)) if many else COLORS[: len(groups)]
     for axes, (title, columns) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for runs, name, color in zip(groups, names, colors, strict=True):
             for column, style in columns.items():
@@ -226,7 +248,7 @@ def mean_curve(
 
 
 def main(arguments: Sequence[str]) -> list[list[str]]:
-    """Print the table and draw the figure; return the table's cells.
+    """Print the table and draw the figure; return the table's rows, head first.
 
     Raises:
         UserError: a folder that holds no finished run, or a figure that cannot be written.
@@ -240,24 +262,24 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
         help="picture to write: PNG, PDF or SVG [comparison.png]",
     )
     parsed = parser.parse_args(arguments)
-    kind = parsed.figure.suffix
-    require(kind in KINDS, f"--figure takes a name that ends in {', '.join(KINDS)}")
+    suffixes = ", ".join(FIGURE_SUFFIXES)
+    require(parsed.figure.suffix in FIGURE_SUFFIXES, f"--figure must end in one of {suffixes}")
     places = [folder.resolve() for folder in parsed.runs]
-    twice = [
-        str(run) for run, place in zip(parsed.runs, places, strict=True) if places.count(place) > 1
-    ]
-    require(not twice, f"{' and '.join(twice)} are the same run")
+    for folder, place in zip(parsed.runs, places, strict=True):
+        require(places.count(place) == 1, f"{folder} is given twice")
     runs = [run for folder in parsed.runs for run in read_run(folder)]
     require(len(runs) > 1, "give at least two runs to compare")
     groups = group(runs)
-    names = labels(groups)
-    rows = table(groups, names)
+    names = name_groups(groups)
+    rows = make_table(groups, names)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for i, row in enumerate(rows):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        print("| " + " | ".join(padded) + " |")
         if i == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    print(*differences(groups, names), sep="\n")
+    for line in describe_differences(groups, names):
+        print(line)
     plot_curves(groups, names, parsed.figure)
     print(f"The curves are in {parsed.figure}.")
     return rows

@@ -159,8 +159,8 @@ def hold_out(
         )
     except ValueError as error:
         raise UserError(
-            f"too few images: {fraction:.4g} of each class on one side must be one image at least, "
-            "and so must be what is left of it"
+            f"too few images to split: each class needs one at least on both sides of a share of "
+            f"{fraction:.4g}"
         ) from error
     rest, held_out = (torch.from_numpy(np.sort(part)) for part in parts)
     return split.select(rest), split.select(held_out)

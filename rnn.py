@@ -42,6 +42,8 @@ from support.errors import UserError, require
 from support.settings import setting
 
 CELLS = {"rnn": recurrent.RNN, "lstm": nn.LSTM, "gru": recurrent.GRU}
+# Readers who are blind to some colours can tell these apart.
+CELL_COLORS = {"rnn": "#0077BB", "lstm": "#EE7733", "gru": "#009988"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
         require(len(set(self.cell_names)) == len(self.cell_names), "--cells names a cell twice")
         for name in ("hidden_size", "num_layers", "l2", "l3"):
             most = 100 if name == "num_layers" else 65_536
-            good = 1 <= getattr(self, name) <= most
-            require(good, f"{settings.flag(name)} must be at least 1, at most {most}")
+            fits = 1 <= getattr(self, name) <= most
+            require(fits, f"{settings.flag(name)} must be at least 1, at most {most:,}")
         require(0 <= self.dropout < 1, f"--dropout must be in [0, 1), not {self.dropout}")
         require(self.patience >= 0, "--patience must not be negative")
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
@@ -115,11 +117,11 @@ class RowRNN(nn.Module):
 
     def __init__(self, config: Config, cell: str, input_size: int, num_classes: int):
         super().__init__()
-        require(cell in CELLS, f"unknown cell {cell!r}: use {', '.join(CELLS)}")
         hidden, dropout = config.hidden_size, config.dropout
         self.recurrent = CELLS[cell](input_size, hidden, config.num_layers, batch_first=True)
-        if config.recurrent_init == "orthogonal":  # keeps gradients alive over many steps
-            for name, weights in self.recurrent.named_parameters():  # (Saxe et al. 2014)
+        if config.recurrent_init == "orthogonal":
+            # Orthogonal weights keep gradients alive over many steps (Saxe et al. 2014).
+            for name, weights in self.recurrent.named_parameters():
                 if name.startswith("weight_hh"):
                     for gate in weights.split(hidden):  # (hidden, hidden)
                         nn.init.orthogonal_(gate)
@@ -151,15 +153,15 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: Config
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """What `--schedule` says, to be advanced by `advance` after each epoch."""
+    """The learning rate's course of `--schedule`; `step_scheduler` takes it on after each epoch."""
     schedulers = torch.optim.lr_scheduler
     if config.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, config.epochs)
     return schedulers.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.patience)
 
 
-def advance(scheduler: torch.optim.lr_scheduler.LRScheduler, validation_loss: float) -> None:
-    """Let the scheduler see an epoch's validation loss."""
+def step_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, validation_loss: float) -> None:
+    """Set the next epoch's learning rate, on a plateau by an epoch's validation loss."""
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         scheduler.step(validation_loss)
     else:
@@ -194,7 +196,7 @@ def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
     require(bool(data.classes), f"{data.name} has no labels: a classifier needs them")
     train, validation = functions.hold_out(data.train, 0.1, seed=0)
     if config.train_fraction < 1:
-        train = functions.hold_out(train, config.train_fraction, seed=1)[1]
+        _, train = functions.hold_out(train, config.train_fraction, seed=1)
     require(
         config.batch_size <= len(train),
         f"--batch-size {config.batch_size} is larger than the training set ({len(train)} images)",
@@ -227,9 +229,10 @@ def random_rotation(images: Tensor, degrees: float, generator: torch.Generator) 
     angle = (2 * draws - 1) * math.radians(degrees)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     # affine_grid's coordinates run from -1 to 1 along both sides, whatever their lengths.
-    top = torch.stack((cos, -sin * height / width, zero), 1)
-    bottom = torch.stack((sin * width / height, cos, zero), 1)
-    grid = F.affine_grid(torch.stack((top, bottom), 1), list(images.shape), align_corners=False)
+    top = torch.stack((cos, -sin * height / width, zero), 1)  # (B, 3)
+    bottom = torch.stack((sin * width / height, cos, zero), 1)  # (B, 3)
+    matrices = torch.stack((top, bottom), 1)  # (B, 2, 3)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
@@ -256,43 +259,43 @@ class Batches:
     def __init__(self, split: datasets.Split, config: Config, epoch: int):
         self.split, self.config, self.epoch = split, config, epoch
         # Without augmentation the pixels are put in row order once, not at every step.
-        self.plain = config.augmentation == "none"
-        self.images = rows_from_images(split.images) if self.plain else split.images
+        self.augments = config.augmentation != "none"
+        self.images = split.images if self.augments else rows_from_images(split.images)
+        # A row holds W values of each channel, one channel after the other.
         columns = split.images.shape[-1]
-        self.mean, self.std = (v.repeat_interleave(columns) for v in (split.mean, split.std))
+        self.mean = split.mean.repeat_interleave(columns)  # (C * W,)
+        self.std = split.std.repeat_interleave(columns)  # (C * W,)
 
     def __len__(self) -> int:
-        # A last batch of one image would have no variance for BatchNorm.
+        # A smaller last batch is left out: one of a single image has no variance for BatchNorm.
         return len(self.split) // self.config.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, seed, epoch = self.images.device, self.config.seed, self.epoch
-        self.epoch += 1
+        size = self.config.batch_size
+        self.epoch += 1  # each pass over this object is another epoch
         torch.manual_seed(devices.epoch_generator(seed, epoch, stream=2).initial_seed())
-        order = torch.randperm(len(self.split), generator=devices.epoch_generator(seed, epoch)).to(
-            device
-        )
+        order = torch.randperm(len(self.split), generator=devices.epoch_generator(seed, epoch))
+        order = order.to(device)  # (N,)
         generator = devices.epoch_generator(seed, epoch, device, stream=1)
         for step in range(len(self)):
-            index = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
-            images = datasets.to_float(self.images[index])
-            if self.plain:
-                rows = images.sub_(self.mean).div_(self.std)  # (B, H, C * W)
+            index = order[step * size : (step + 1) * size]  # (B,)
+            pixels = datasets.to_float(self.images[index])  # (B, C, H, W) or (B, H, C * W)
+            if self.augments:
+                images = augmented(pixels, self.config.augmentation, generator)
+                rows = rows_from_images(self.split.normalize(images))  # (B, H, C * W)
             else:
-                images = augmented(images, self.config.augmentation, generator)
-                rows = rows_from_images(self.split.normalize(images))
+                rows = pixels.sub_(self.mean).div_(self.std)
             yield rows, self.split.labels[index]
 
 
 def evaluate(model: nn.Module, split: datasets.Split) -> tuple[float, Tensor]:
     """Mean loss and predictions `(N,)` in eval mode, without augmentation."""
+    parts = []
     with functions.evaluating(model):
-        logits = torch.cat(
-            [
-                model(rows_from_images(split.normalize(images)))
-                for images in split.images.split(1000)
-            ]
-        ).float()  # (N, K)
+        for images in split.images.split(1000):
+            parts.append(model(rows_from_images(split.normalize(images))))  # (B, K)
+    logits = torch.cat(parts).float()  # (N, K)
     return loss_function(logits, split.labels).item(), logits.argmax(1)
 
 
@@ -320,17 +323,19 @@ def train(
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
     checkpoint = run.folder / "checkpoint.pt"
-    done = [row for row in history if row["cell"] == cell]
-    with warnings.catch_warnings():  # of a step of the scheduler before one of the optimizer
-        warnings.simplefilter("ignore")
-        for row in done:  # the scheduler is a function of the losses that it has seen
-            advance(scheduler, row["validation_loss"])
-    if done:  # after the scheduler, whose replay changes the learning rate
+    finished = [row for row in history if row["cell"] == cell]
+    if finished:
+        # The checkpoint holds no scheduler: it follows from the losses that it has seen.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch expects a step of the optimizer before
+            for row in finished:
+                step_scheduler(scheduler, row["validation_loss"])
+        # The replay sets a learning rate, so what the checkpoint says of it must come afterwards.
         checkpoints.restore(checkpoint, model, optimizer)
-    batches = Batches(splits[0], config, len(done))
+    batches = Batches(splits[0], config, len(finished))
     size, device = config.batch_size, splits[0].images.device
-    with progress.bar((config.epochs - len(done)) * len(batches) * size, cell) as bar:
-        for epoch in range(len(done), config.epochs):
+    with progress.bar((config.epochs - len(finished)) * len(batches) * size, cell) as bar:
+        for epoch in range(len(finished), config.epochs):
             began = time.perf_counter()
             losses = progress.EpochLoss(len(batches), epoch + 1, device)
             correct = torch.zeros((), dtype=torch.long, device=device)
@@ -352,7 +357,7 @@ def train(
             row["validation_accuracy"] = functions.accuracy(predictions, splits[1].labels)
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
             row["seconds"] = time.perf_counter() - began
-            advance(scheduler, row["validation_loss"])
+            step_scheduler(scheduler, row["validation_loss"])
             history.append(row)
             checkpoints.check_finite(epoch + 1, model, optimizer)
             checkpoints.save(checkpoint, epoch + 1, model, optimizer, history, config)
@@ -392,7 +397,7 @@ def main(config: Config) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         for cell in config.cell_names:
             if cell in begun[:-1]:
-                continue  # trained and evaluated before the next cell began
+                continue  # it was trained and evaluated before the next cell began
             model = make_model(config, cell, data).to(device)
             print(
                 f"{cell}: {encoders.count_parameters(model):,} parameters, "
@@ -401,7 +406,7 @@ def main(config: Config) -> dict[str, Any]:
             train(model, cell, (data.train, validation), config, run, history)
             with autocast(config):
                 _, predictions = evaluate(model, data.test)
-            values = finish(model, cell, data, predictions, run.folder, history)
+            values = report_cell(model, cell, data, predictions, run.folder, history)
             summary = run.summarize(values, config.epochs)
         if len(config.cell_names) > 1:
             path = run.folder / "comparison.png"
@@ -417,7 +422,7 @@ def main(config: Config) -> dict[str, Any]:
     return summary
 
 
-def finish(
+def report_cell(
     model: nn.Module,
     cell: str,
     data: datasets.ImageData,
@@ -425,13 +430,22 @@ def finish(
     folder: Path,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Score the predictions for the test images, draw the cell's pictures, save its weights."""
+    """Save a trained cell's weights and pictures; return what it adds to `summary.json`.
+
+    Args:
+        model: the cell's, after the last epoch.
+        cell: its name.
+        data: whose test images are scored.
+        predictions: `(N,)`, the classes that the model gives to the test images.
+        folder: of the run.
+        history: the rows of all cells so far.
+    """
+    checkpoints.save_weights(folder / f"{cell}.safetensors", model, {"cell": cell})
     rows = [row for row in history if row["cell"] == cell]
     test_accuracy = functions.accuracy(predictions, data.test.labels)
     title = f"{cell.upper()} on {data.name}, row by row"
     accuracies = functions.report_classes(predictions, data, folder, f"{cell}_", title)
     functions.plot_loss_and_accuracy(folder / f"{cell}.png", rows, title, "validation")
-    checkpoints.save_weights(folder / f"{cell}.safetensors", model, {"cell": cell})
     return {
         f"{cell}_final_loss": rows[-1]["train_loss"],
         f"{cell}_validation_loss": rows[-1]["validation_loss"],
@@ -442,25 +456,20 @@ def finish(
     }
 
 
-# What `best.json` of the tuner decides.
-BEST = (
-    *("cell", "hidden_size", "num_layers", "l2", "l3"),
-    *("learning_rate", "weight_decay", "batch_size", "augmentation"),
-)
-
-
 def read_best(path: str) -> Config:
-    """The settings in the tuner's `best.json`, all others at their defaults.
+    """The settings that the tuner's `best.json` decides, all others at their defaults.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     best = files.read_json(Path(path))
-    for name in BEST:
+    model = ("hidden_size", "num_layers", "l2", "l3")
+    training = ("learning_rate", "weight_decay", "batch_size", "augmentation")
+    for name in ("cell", *model, *training):
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
-    values = {"cells" if name == "cell" else name: best[name] for name in BEST}
+    decided = {name: best[name] for name in model + training}
     try:
-        return Config(config=path, **values)
+        return Config(config=path, cells=best["cell"], **decided)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -471,14 +480,16 @@ def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str],
     title = f"Row by row on {name}: training dashed, validation solid"
     figure.suptitle(functions.plain(title))
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for cell, color in zip(cells, ("#0077BB", "#EE7733", "#009988"), strict=False):
+        percent = key == "accuracy"
+        for cell in cells:
             rows = [row for row in history if row["cell"] == cell]
+            epochs = [row["epoch"] for row in rows]
+            look = {"color": CELL_COLORS[cell], "marker": "o" if len(epochs) < 3 else None}
             for split, style in (("train", "--"), ("validation", "-")):
-                values = [row[f"{split}_{key}"] * (100 if key == "accuracy" else 1) for row in rows]
+                values = [row[f"{split}_{key}"] * (100 if percent else 1) for row in rows]
                 label = cell.upper() if split == "validation" else None
-                epochs = [row["epoch"] for row in rows]
-                axes.plot(epochs, values, style, color=color, label=label, linewidth=1.5)
-        functions.style_axes(axes, "epoch", "accuracy (%)" if key == "accuracy" else "loss")
+                axes.plot(epochs, values, style, label=label, linewidth=1.5, **look)
+        functions.style_axes(axes, "epoch", "accuracy (%)" if percent else "loss")
         axes.legend(frameon=False)
     functions.save_figure(figure, path)
 

@@ -16,6 +16,7 @@ from common import in_turns, report
 from torch import Tensor
 
 import functions
+from support import augment, datasets, devices
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 COUNT = 512
@@ -24,15 +25,15 @@ COUNT = 512
 def ours(images: Tensor) -> Callable[[], Tensor]:
     """Batched ops, parameters drawn per sample."""
     generator = torch.Generator().manual_seed(0)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    split = datasets.Split(images, None, mean=torch.tensor(MEAN), std=torch.tensor(STD))
 
     def run() -> Tensor:
-        views = functions.to_float(images)
-        views = functions.random_resized_crop(views, flip=0.5, generator=generator)
-        views = functions.color_jitter(views, 0.8, 0.8, 0.8, 0.2, generator=generator)
-        views = functions.random_grayscale(views, 0.2, generator)
-        views = functions.gaussian_blur(views, 3, (0.1, 2.0), generator=generator)
-        return functions.normalize(views, mean, std)
+        views = datasets.to_float(images)
+        views = augment.random_resized_crop(views, flip=0.5, generator=generator)
+        views = augment.color_jitter(views, 0.8, 0.8, 0.8, 0.2, generator=generator)
+        views = augment.random_grayscale(views, 0.2, generator)
+        views = augment.gaussian_blur(views, 3, (0.1, 2.0), generator=generator)
+        return split.normalize(views)
 
     return run
 
@@ -105,7 +106,7 @@ def main() -> None:
     else:
         noise = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=noise)
-    functions.keep_freed_memory()  # as the scripts do
+    devices.keep_freed_memory()  # as the scripts do
     contenders = {}
     for make in (ours, torchvision_pil, torchvision_v2, kornia):
         try:

@@ -5,14 +5,16 @@ import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # so import this module before those of the repository
 
 
 def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 10) -> dict[str, float]:
@@ -96,14 +98,16 @@ def about() -> dict[str, Any]:
     """What the numbers depend on besides the code that is measured."""
     import torch
 
-    import functions
+    from support import devices
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "pytorch-lightning")
     return {
-        "hardware": functions.hardware(device),
+        "hardware": devices.hardware(device),
         "threads": torch.get_num_threads(),
-        "commit": functions._git_commit(),
-        "versions": functions._versions(),
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip() or None,
+        "versions": {name: version(name) for name in packages},
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -9,6 +9,7 @@ memory-mapped cache, which it decodes first, once from a copy of it in memory. R
 """
 
 import argparse
+import dataclasses
 import io
 import tempfile
 import threading
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 from common import apart, report
 from PIL import Image
+
+from support import datasets, files
 
 
 def make_folder(folder: Path, count: int, size: int) -> None:
@@ -51,13 +54,13 @@ def measure(folder: str, size: int, copied: bool) -> tuple[float, float, float]:
 
     load = functions.load_images
 
-    def loading(*arguments: Any) -> functions.ImageData:
+    def loading(*arguments: Any) -> datasets.ImageData:
         nonlocal loaded
         began = time.perf_counter()
         data = load(*arguments)
         if copied:
-            train = functions.Split(data.train.images.clone(), data.train.labels)
-            data = functions.ImageData(data.name, data.classes, train, data.test)
+            train = dataclasses.replace(data.train, images=data.train.images.clone())
+            data = dataclasses.replace(data, train=train)
         loaded = time.perf_counter() - began
         return data
 
@@ -86,7 +89,7 @@ def measure(folder: str, size: int, copied: bool) -> tuple[float, float, float]:
             knn_every=0,
         )
         simclr.main(config)
-        rows = functions.read_csv(
+        rows = files.read_csv(
             Path(output, "simclr", "run", "metrics.csv"),
             {"images_per_second": float},
         )

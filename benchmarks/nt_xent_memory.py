@@ -4,10 +4,12 @@
     python benchmarks/nt_xent_memory.py                  # B = 512 to 8,192
     python benchmarks/nt_xent_memory.py --most 2048
 
-Each loss and size runs in a process of its own on the CPU, with 2B embeddings of 128 values.
+Each loss and size runs in a process of its own on the CPU, with 2B embeddings of 128 values. The
+columns of packages that are not installed are left out.
 """
 
 import argparse
+import importlib.util
 import resource
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from common import apart, report
 
-LOSSES = ("ours", "lightly", "metric-learning")
+LOSSES = {"ours": "torch", "lightly": "lightly", "metric-learning": "pytorch_metric_learning"}
 
 
 def make_loss(name: str, pairs: int) -> Any:
@@ -66,11 +68,14 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8192, help="largest B [8192]")
     parser.add_argument("--limit", type=int, default=16, help="GB that a process may take [16]")
     arguments = parser.parse_args()
+    losses = [name for name, package in LOSSES.items() if importlib.util.find_spec(package)]
+    for name in LOSSES.keys() - losses:
+        print(f"{name} is left out: it is not installed")
     rows, pairs = [], 512
     while pairs <= arguments.most:
         matrix, values = 4 * (2 * pairs) ** 2, []
         row: dict[str, Any] = {"pairs": pairs, "(2B)^2 MiB": matrix / 2**20}
-        for name in LOSSES:
+        for name in losses:
             answer, _ = apart(measure, name, pairs, arguments.limit * 10**9)
             if answer is None:
                 row[f"{name} MiB"] = f"> {arguments.limit} GB"

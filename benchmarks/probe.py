@@ -17,6 +17,7 @@ from simclr_epoch import resnet
 from torch import nn
 
 import functions
+from support import datasets, devices, encoders
 
 EPOCHS, BATCH = 100, 256
 
@@ -27,18 +28,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="[50000]")
     parser.add_argument("--batches", type=int, default=10, help="of the original way [10]")
     arguments = parser.parse_args()
-    functions.keep_freed_memory()
+    devices.keep_freed_memory()
     torch.manual_seed(0)
     count = arguments.images
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (count,))
-    mean, std = functions.channel_statistics(images)
-    encoder = functions.make_encoder("resnet18", "imagenet", 3, 32)
+    split = datasets.ImageData("noise", (), datasets.Split(images, labels), None).measured().train
+    encoder = encoders.make_encoder("resnet18", "imagenet", 3, 32)
     encoder = encoder.to(memory_format=torch.channels_last)
-    fabric = functions.make_fabric("cpu", "auto")
+    fabric = devices.make_fabric("cpu", "auto")
 
     began = time.perf_counter()
-    features = functions.extract_features(encoder, images, mean, std, fabric)
+    features = functions.extract_features(encoder, split, fabric)
     encoding = time.perf_counter() - began
     test = slice(0, count // 5)
     functions.linear_probe(features, labels, features[test], labels[test], EPOCHS)
@@ -52,7 +53,7 @@ def main() -> None:
             began = time.perf_counter()
         part = slice(batch * BATCH % count, batch * BATCH % count + BATCH)
         with torch.no_grad():
-            inputs = plain(functions.normalize(images[part] / 255, mean, std))
+            inputs = plain(split.normalize(images[part]))
         loss = nn.functional.cross_entropy(layer(inputs), labels[part])
         optimizer.zero_grad()
         loss.backward()

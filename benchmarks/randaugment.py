@@ -16,7 +16,7 @@ from common import in_turns, report
 from torch import Tensor
 from torch.nn import functional as F
 
-import simsiam
+from support import randaugment
 
 COUNT, NUM_OPS, MAGNITUDE = 512, 5, 9
 SHAPES = ((1, 28, 28), (3, 32, 32))
@@ -27,8 +27,8 @@ def ours(images: Tensor) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def run() -> Tensor:
-        draws = simsiam.draw_randaugment(len(images), NUM_OPS, generator)
-        return simsiam.rand_augment(images, *draws, MAGNITUDE)
+        ops, negative = randaugment.draw_randaugment(len(images), NUM_OPS, generator)
+        return randaugment.rand_augment(images, ops, negative, MAGNITUDE)
 
     return run
 

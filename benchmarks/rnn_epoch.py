@@ -26,12 +26,13 @@ from torch import nn
 
 import functions
 import rnn
+from support import datasets, devices, runs
 
 
 class Pictures(torch.utils.data.Dataset):
     """As `torchvision.datasets.CIFAR10`: an array, whose items become PIL images, then tensors."""
 
-    def __init__(self, split: functions.Split):
+    def __init__(self, split: datasets.Split):
         from torchvision import transforms
 
         self.data = split.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -68,21 +69,20 @@ def original_epoch(model: nn.Module, train: Pictures, validation: Pictures) -> N
                 (model(rnn.rows_from_images(images)).argmax(1) == labels).sum().item()
 
 
-def noise(share: float) -> tuple[functions.ImageData, functions.Split]:
+def noise(share: float) -> tuple[datasets.ImageData, datasets.Split]:
     """Random images, as many as CIFAR-10's training and validation parts times `share`."""
     draw = torch.Generator().manual_seed(0)
 
-    def make(count: int) -> functions.Split:
+    def make(count: int) -> datasets.Split:
         images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draw)
-        return functions.Split(images, torch.randint(0, 10, (count,), generator=draw))
+        return datasets.Split(images, torch.randint(0, 10, (count,), generator=draw))
 
-    classes = functions.CIFAR10_CLASSES
-    return functions.ImageData("noise", classes, make(int(45000 * share)), None), make(
-        int(5000 * share)
-    )
+    train, validation = make(int(45000 * share)), make(int(5000 * share))
+    data = datasets.ImageData("noise", functions.CIFAR10_CLASSES, train, None).measured()
+    return data, validation.normalized_as(data.train)
 
 
-def load(dataset: str | None, share: float) -> tuple[functions.ImageData, functions.Split, Any]:
+def load(dataset: str | None, share: float) -> tuple[datasets.ImageData, datasets.Split, Any]:
     """Training and validation images, and the settings of rnn.py."""
     config = rnn.Config(
         dataset=dataset or "digits",
@@ -107,13 +107,13 @@ def seconds(run: Any, *arguments: Any) -> float:
 
 def ours(cell: str, dataset: str | None, share: float) -> float:
     """Seconds per epoch of rnn.py."""
-    functions.keep_freed_memory()
+    devices.keep_freed_memory()
     data, validation, config = load(dataset, share)
 
     def epoch() -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             model = rnn.make_model(config, cell, data)
-            rnn.train(model, cell, (data.train, validation), config, Path(folder), [])
+            rnn.train(model, cell, (data.train, validation), config, runs.Run(Path(folder)), [])
 
     return seconds(epoch)
 
@@ -125,7 +125,7 @@ def original(cell: str, dataset: str | None, share: float) -> float:
     return seconds(original_epoch, model, Pictures(data.train), Pictures(validation))
 
 
-def multiply_adds(cell: str, config: rnn.Config, data: functions.ImageData) -> int:
+def multiply_adds(cell: str, config: rnn.Config, data: datasets.ImageData) -> int:
     """Of the recurrent layers' forward pass for an image."""
     model = rnn.make_model(config, cell, data).recurrent
     weights = sum(w.numel() for name, w in model.named_parameters() if name.startswith("weight"))
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="share of the images [1.0]")
     arguments = parser.parse_args()
     data, _, config = load(arguments.dataset, arguments.share)
-    kind = functions.pick_precision("cpu", config.precision)
+    kind = devices.pick_precision("cpu", config.precision)
     peaks = {"ours": matrix_peak("cpu", kind), "original": matrix_peak("cpu", "32-true")}
     rows = []
     for cell in rnn.CELLS:

@@ -23,6 +23,8 @@ from typing import Any
 
 from common import apart, matrix_peak, report
 
+from support import datasets, devices, runs
+
 
 def load(dataset: str | None, count: int) -> Any:
     """`count` images `(N, 3, 32, 32)`, uint8."""
@@ -40,13 +42,14 @@ def ours(dataset: str | None, stem: str, batch: int, steps: int) -> float:
     """Seconds per step of simclr.py, its bookkeeping at the end of an epoch included."""
     import torch
 
-    import functions
     import simclr
 
-    functions.keep_freed_memory()
+    devices.keep_freed_memory()
     config = simclr.Config(
         stem=stem,
         batch_size=batch,
+        projection_hidden=128,
+        projection_size=64,
         epochs=2,
         knn_every=0,
         device="cpu",
@@ -60,12 +63,11 @@ def ours(dataset: str | None, stem: str, batch: int, steps: int) -> float:
         blur_probability=1.0,
     )
     images = load(dataset, steps * batch)
-    model = simclr.SimCLR(stem=stem, projection_hidden=128, projection_size=64)
-    model = model.to(memory_format=torch.channels_last)
-    fabric = functions.make_fabric("cpu", "auto")
+    model = simclr.SimCLR(config, 3, 32).to(memory_format=torch.channels_last)
+    fabric = devices.make_fabric("cpu", "auto")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        split = functions.Split(images, None)
-        history = simclr.pretrain(model, split, config, Path(folder), fabric)
+        data = datasets.ImageData("", (), datasets.Split(images, None), None).measured()
+        history = simclr.pretrain(model, data, config, runs.Run(Path(folder)), fabric)
     return history[-1]["seconds"] / steps
 
 

@@ -27,6 +27,7 @@ from torchvision import transforms
 
 import functions
 import simsiam
+from support import datasets, devices, runs
 
 BATCH = 256
 
@@ -59,7 +60,7 @@ def batch_views(images: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
 
 def plain_seconds(batches: Iterable[tuple[Tensor, Tensor]], images: Tensor, steps: int) -> float:
     """Seconds per step of the usual loop, after one step to warm up."""
-    model = simsiam.SimSiam(channels=images.shape[1], image_size=images.shape[-1])
+    model = simsiam.SimSiam(simsiam.Config(), *images.shape[1:3])
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-5)
     for step, (first, second) in zip(range(steps + 1), batches, strict=False):
         if step == 1:
@@ -74,7 +75,7 @@ def plain_seconds(batches: Iterable[tuple[Tensor, Tensor]], images: Tensor, step
     return (time.perf_counter() - began) / step
 
 
-def load(dataset: str) -> functions.Split:
+def load(dataset: str) -> datasets.Split:
     """The training images."""
     return functions.load_images(dataset, "data").train
 
@@ -94,21 +95,21 @@ def per_image(dataset: str, steps: int) -> float:
 
 def ours(dataset: str, steps: int) -> float:
     """Seconds per step of simsiam.py, its bookkeeping at the end of an epoch included."""
-    functions.keep_freed_memory()
+    devices.keep_freed_memory()
     train = load(dataset).select(torch.arange(steps * BATCH))
+    data = datasets.ImageData("", (), train, None)
     config = simsiam.Config(epochs=2, knn_every=0, keep_every=0, device="cpu")
-    fabric = functions.make_fabric("cpu", "auto")
-    channels, side = train.images.shape[1:3]
-    model = simsiam.SimSiam(channels=channels, image_size=side)
+    fabric = devices.make_fabric("cpu", "auto")
+    model = simsiam.SimSiam(config, *train.images.shape[1:3])
     model = model.to(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        history = simsiam.pretrain(model, train, config, Path(folder), fabric)
+        history = simsiam.pretrain(model, data, config, runs.Run(Path(folder)), fabric)
     return history[-1]["seconds"] / steps
 
 
 def step_flops(images: Tensor) -> int:
     """Of the forward and backward pass for two views of a batch."""
-    model = simsiam.SimSiam(channels=images.shape[1], image_size=images.shape[-1])
+    model = simsiam.SimSiam(simsiam.Config(), *images.shape[1:3])
     with FlopCounterMode(display=False) as counter:
         z, p = model(torch.zeros(2 * BATCH, *images.shape[1:]))
         (z.sum() + p.sum()).backward()
@@ -124,7 +125,7 @@ def main() -> None:
     train = load(arguments.dataset)
     steps = min(arguments.steps, len(train) // BATCH)
     epoch = len(train) / BATCH
-    kinds = {ours: functions.pick_precision("cpu", "auto"), per_batch: "32-true"}
+    kinds = {ours: devices.pick_precision("cpu", "auto"), per_batch: "32-true"}
     kinds[per_image] = "32-true"
     peaks = {kind: matrix_peak("cpu", kind) for kind in set(kinds.values())}
     flops = step_flops(train.images)

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="a folder of images whose cache exists or is made now")
     parser.add_argument("--rounds", type=int, default=5, help="[5]")
     arguments = parser.parse_args()
-    scripts = ("simclr.py", "simsiam.py", "rnn.py", "rnn_hyperparameter_tune.py", "compare.py")
+    scripts = sorted(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text("utf-8"))
     commands = {"import torch": ["-c", "import torch"]}
     commands |= {f"{name} --help": [str(ROOT / name), "--help"] for name in scripts}
 

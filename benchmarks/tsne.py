@@ -20,6 +20,7 @@ from common import report
 from sklearn.manifold import TSNE, trustworthiness
 
 import functions
+from support import datasets
 
 
 def ours(features: np.ndarray) -> np.ndarray:
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="fashion-mnist")
     arguments = parser.parse_args()
     images = functions.load_images(arguments.dataset, "data").test.images[:10_000]
-    pixels = functions.to_float(images).flatten(1)
+    pixels = datasets.to_float(images).flatten(1)
     pixels = (pixels - pixels.mean(0)) / pixels.std()
     weights = torch.randn(pixels.shape[1], 512, generator=torch.Generator().manual_seed(0))
     features = (pixels @ weights / pixels.shape[1] ** 0.5).relu().numpy()

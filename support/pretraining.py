@@ -59,7 +59,7 @@ class PretrainingConfig(settings.TrainingConfig):
     )
     warmup_epochs: int = setting(0, "training", "epochs of linear warm-up")
     compile: Literal["auto", "on", "off"] = setting(
-        "auto", "run", "torch.compile of model, views and loss; auto: in a long training on CUDA"
+        "auto", "run", "torch.compile of model and loss; auto: in a long training on CUDA", "off"
     )
     knn_every: int = setting(
         10, "training", "epochs between kNN checks on held-out training images; 0 for none"

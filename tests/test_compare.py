@@ -1,5 +1,4 @@
 import csv
-import json
 import statistics
 import subprocess
 import sys
@@ -9,9 +8,10 @@ import pytest
 from PIL import Image
 
 import compare
-import functions
+from support import errors, files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "docs" / "results"
 
 
 def make_run(folder, rows, summary, **settings):
@@ -23,9 +23,9 @@ def make_run(folder, rows, summary, **settings):
         "epochs": 2,
         "command": folder.name,
     }
-    functions.write_json(folder / "config.json", config | settings)
-    functions.write_json(folder / "summary.json", summary)
-    functions.write_csv(folder / "metrics.csv", rows)
+    files.write_json(folder / "config.json", config | settings)
+    files.write_json(folder / "summary.json", summary)
+    files.write_csv(folder / "metrics.csv", rows)
     return str(folder)
 
 
@@ -57,16 +57,32 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_same_seed_twice_is_two_rows_and_a_new_setting_no_difference(tmp_path):
+def test_runs_of_one_recipe_are_one_row_and_others_are_not(tmp_path):
+    recipe = {"temperature": 0.5, "learning_rate": 0.1}
+    changes = {
+        "a": {},
+        "seed-1": {"commit": "other", "device": "cuda"},
+        "faster": {"learning_rate": 0.2},
+        "other-images": {"dataset": "digits"},
+        # The first run is of a version without these, which computed as with these values.
+        "newer": {"width": 64, "jitter": [0.4, 0.4, 0.4, 0.1]},
+        "newer-and-narrow": {"width": 32},
+        "newer-and-plain": {"jitter": [0, 0, 0, 0]},
+        "of-this-script": {"script": "one"},
+        "of-that-script": {"script": "another"},
+    }
     runs = [
-        simclr_run(tmp_path / "a", 0, 0.7, 3.0, temperature=0.5),
-        simclr_run(tmp_path / "again", 0, 0.7, 3.0, temperature=0.5),
-        simclr_run(tmp_path / "newer", 1, 0.8, 3.0, temperature=0.5, width=64),
+        simclr_run(tmp_path / name, seed, 0.7 + seed / 100, 3.0, **recipe | changed)
+        for seed, (name, changed) in enumerate(changes.items())
     ]
-    head, first, second = compare.main([*runs, "--figure", "curves.png"])
+    runs.append(simclr_run(tmp_path / "same-seed", 0, 0.6, 3.0, **recipe))
+    head, *rows = compare.main([*runs, "--figure", "curves.svg"])
     probe = head.index("linear probe %")
-    assert (first[1], first[probe]) == ("2", f"75.0 ± {100 * statistics.stdev([0.7, 0.8]):.1f}")
-    assert (second[1], second[probe]) == ("1", "70.0")
+    others = [*changes.keys() - {"a", "seed-1", "newer"}, "same-seed"]
+    assert {row[0]: row[1] for row in rows} == {"a": "3"} | dict.fromkeys(others, "1")
+    deviation = 100 * statistics.stdev([0.7, 0.71, 0.74])
+    assert rows[0][probe] == f"71.7 ± {deviation:.1f}"
+    assert Path("curves.svg").read_text().lstrip().startswith("<?xml")
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
@@ -74,7 +90,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     runs = [
         simclr_run(tmp_path / f"s{i}", i, p, 3.0, temperature=0.5) for i, p in enumerate(probes)
     ]
-    runs.append(simclr_run(tmp_path / "other", 0, 0.5, 4.0, temperature=0.2))
+    runs.append(simclr_run(tmp_path / "other", 5, 0.5, 4.0, temperature=0.2))
     head, seeds, other = compare.main([*runs, "--figure", "curves.png"])
     assert head == ["run", "seeds", "linear probe %", "few labels %", "loss", "minutes"]
     mean, sd = 100 * statistics.mean(probes), 100 * statistics.stdev(probes)
@@ -89,36 +105,43 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     assert other == ["other", "1", "50.0", "50.0", "4.000", "1.5"]
     printed = capsys.readouterr().out
     assert "| s0 " in printed
-    assert "other: temperature 0.2" in printed
+    assert "other: temperature 0.2" in printed.splitlines()
     assert "epochs" not in printed  # the same in both
+    assert "" not in printed.splitlines()
     assert Image.open("curves.png").size[0] > 1000
 
 
 def test_the_cells_of_rnn_are_rows(tmp_path):
-    rows = compare.main([rnn_run(tmp_path / "a"), rnn_run(tmp_path / "b", hidden_size=512)])
+    runs = [rnn_run(tmp_path / "a"), rnn_run(tmp_path / "b", hidden_size=512, seed=1)]
+    rows = compare.main(runs)
     assert rows[0] == ["run", "seeds", "test %", "loss", "minutes"]
     assert rows[1:3] == [["a rnn", "1", "30.0", "", "1.0"], ["a gru", "1", "40.0", "0.125", "0.5"]]
     assert [row[0] for row in rows[3:]] == ["b rnn", "b gru"]
 
 
-def test_a_curve_is_the_mean_where_all_runs_have_a_value(tmp_path):
-    runs = [
-        compare.read_run(Path(simclr_run(tmp_path / f"s{i}", i, 0.7, loss)))[0]
-        for i, loss in enumerate((2.0, 4.0))
+def test_a_curve_is_the_mean_where_all_runs_have_a_value():
+    series = [
+        [{"epoch": 1.0, "loss": 3.0}, {"epoch": 2.0, "loss": 2.0}, {"epoch": 3.0, "loss": 1.0}],
+        [{"epoch": 1.0, "loss": 5.0, "knn_held_out": 0.5}, {"epoch": 2.0, "loss": None}],
     ]
-    (one, two) = compare.mean_curve(runs, "loss", 1)
-    assert one == pytest.approx((1, 4, 4 - 2**0.5, 4 + 2**0.5))
-    assert two == pytest.approx((2, 3, 3 - 2**0.5, 3 + 2**0.5))
-    assert [point[0] for point in compare.mean_curve(runs, "knn_held_out", 100)] == [2]
-    assert compare.mean_curve(runs, "train_loss", 1) == []
+    runs = [compare.Run("a", "simclr", "", {}, rows, {}) for rows in series]
+    (point,) = compare.mean_curve(runs, "loss", 10)
+    assert point == pytest.approx((1, 40, 40 - 200**0.5, 40 + 200**0.5))
+    assert compare.mean_curve(runs, "knn_held_out", 100) == []
+    assert compare.mean_curve(runs[1:], "knn_held_out", 100) == [(1, 50, 50, 50)]
 
 
-def test_reads_the_committed_runs():
-    runs = compare.read_run(REPOSITORY / "docs" / "results" / "rnn-original")
+def test_compares_the_committed_runs_which_are_of_older_versions():
+    folders = [path.parent for path in RESULTS.glob("*/summary.json")]
+    assert len(folders) > 10
+    _, *rows = compare.main([*map(str, folders), "--figure", "curves.pdf"])
+    assert Path("curves.pdf").read_bytes().startswith(b"%PDF")
+    assert len(rows) == len(folders) + 1  # two cells are in one of the folders
+    runs = compare.read_run(RESULTS / "rnn-original")
     assert [run.cell for run in runs] == ["rnn", "lstm"]
-    path = REPOSITORY / "docs" / "results" / "rnn-original" / "metrics.csv"
-    last = [row for row in csv.DictReader(path.open()) if row["cell"] == "lstm"][-1]
-    assert runs[1].rows[-1]["validation_loss"] == float(last["validation_loss"])
+    *_, last = csv.DictReader((RESULTS / "rnn-original" / "metrics.csv").open())
+    assert last["cell"] == "lstm"
+    assert runs[1].rows[-1] == {k: v if k == "cell" else float(v) for k, v in last.items()}
 
 
 @pytest.mark.parametrize(
@@ -135,26 +158,30 @@ def test_reads_the_committed_runs():
 def test_user_mistakes(tmp_path, spoil, message):
     runs = [simclr_run(tmp_path / name, 0, 0.7, 3.0, x=name) for name in ("a", "b")]
     spoil(tmp_path / "b")
-    with pytest.raises(functions.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         compare.main(runs)
     assert not Path("comparison.png").exists()
 
 
-def test_one_run_is_not_enough(tmp_path):
-    with pytest.raises(functions.UserError, match="at least two"):
-        compare.main([simclr_run(tmp_path / "a", 0, 0.7, 3.0)])
+def test_one_run_is_not_enough_and_neither_is_the_same_twice(tmp_path, user_error):
+    run = simclr_run(tmp_path / "a", 0, 0.7, 3.0)
+    with user_error("at least two"):
+        compare.main([run])
+    with user_error("is given twice"):
+        compare.main([run, "../" + tmp_path.name + "/a"])
+
+
+@pytest.mark.parametrize("figure", ["", "x", "x.txt", "no/x.png"])
+def test_a_figure_that_cannot_be_written(tmp_path, user_error, figure):
+    runs = [simclr_run(tmp_path / name, 0, 0.7, 3.0, x=name) for name in ("a", "b")]
+    with user_error("cannot write no/x.png" if "/" in figure else "--figure must end in one of"):
+        compare.main([*runs, "--figure", figure])
 
 
 def test_as_a_command(tmp_path):
     runs = [simclr_run(tmp_path / name, 0, 0.7, 3.0, x=name) for name in ("a", "b")]
-    script = [sys.executable, str(REPOSITORY / "compare.py")]
-    done = subprocess.run([*script, *runs, "--figure", "no/x.png"], capture_output=True, text=True)
+    command = [sys.executable, str(REPOSITORY / "compare.py"), *runs]
+    done = subprocess.run([*command, "--figure", "x.txt"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write no/x.png")
-    piped = subprocess.Popen(
-        [*script, *runs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    piped.stdout.close()
-    errors = piped.stderr.read()
-    assert (piped.wait(), errors) == (141, "stopped: nobody reads the output any more\n")
-    assert json.loads(Path(runs[0], "config.json").read_text())["name"] == "a"
+    assert done.stderr.splitlines()[-1].startswith("error: --figure must end in one of")
+    assert "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ import reproduce
 
 import compare
 import functions
+from support import settings
 
 ROOT = Path(functions.__file__).resolve().parent
 TEXT = (ROOT / "README.md").read_text()
@@ -54,7 +55,7 @@ def scores(text):
 
 def shown(runs):
     """What compare.py shows of runs that differ in their seed, without their name."""
-    (_, row) = compare.table([runs], ["name"])
+    (_, row) = compare.make_table([runs], ["name"])
     return row[1:]
 
 
@@ -85,7 +86,7 @@ def test_the_results_table_says_what_was_measured(name, row):
         runs
         for runs in measured(name)
         if (runs[0].script, runs[0].cell) == (script, cell.lower())
-        and said <= set(zip(*compare.table([runs], ["name"]), strict=True))
+        and said <= set(zip(*compare.make_table([runs], ["name"]), strict=True))
         and is_time(row["time"].strip(" *"), runs)
     ]
     assert right, [shown(runs) for runs in measured(name)]
@@ -197,17 +198,42 @@ def assert_same_settings(config, committed):
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=[f"{p.parent.name}/{p.stem}" for p in RESULTS])
-def test_a_result_is_run_again_with_its_settings(path):
+def test_a_result_is_run_again_with_its_settings(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     committed = json.loads(path.read_text())
+    script = committed["script"]
     first, *later = reproduce.commands(committed, "again")
-    config_class = importlib.import_module(committed["script"]).Config
-    config = functions.parse_config(config_class, first[1:], "")
+    config_class = importlib.import_module(script).Config
+    config = settings.parse_config(config_class, first[1:], "")
     if "computed_in" in committed:  # another machine may not choose the same
         kinds = {"32-true": "float32", "bf16-mixed": "bfloat16"}
         committed["precision"] = kinds[committed["computed_in"]]
     assert_same_settings(config, committed)
+    for field in dataclasses.fields(config_class):  # which later versions brought
+        if field.name not in committed:
+            assert getattr(config, field.name) == field.metadata["before"]
+    # Whatever else was a setting then must mean what the script does now.
+    known = {field.name for field in dataclasses.fields(config_class)} | compare.NOT_COMPARED
+    others = {key: committed[key] for key in committed.keys() - known - {"computed_in"}}
+    assert others.items() <= {"finetune": False}.items()
+    folder = tmp_path / "results" / script / "again"
+    folder.mkdir(parents=True)
+    record = {"script": script, **dataclasses.asdict(config)}
+    (folder / "config.json").write_text(json.dumps(record))
     for words in later:
-        assert words[words.index("--resume") + 1] == f"results/{committed['script']}/again"
+        resumed = settings.parse_config(config_class, words[1:], "")
+        assert resumed.resume == f"results/{script}/again"
+        assert resumed.dataset == config.dataset
+
+
+def test_a_setting_that_a_result_lacks_is_what_the_script_did_before():
+    @dataclasses.dataclass(frozen=True)
+    class Config(settings.RunConfig):
+        speed: str = settings.setting("fast", "run", "new in this version", before="slow")
+        careful: bool = settings.setting(True, "run", "as ever")
+
+    assert reproduce.flags({"seed": 3}, Config) == ["--seed", "3", "--speed", "slow"]
+    assert reproduce.flags({"speed": "fast", "careful": False}, Config) == ["--no-careful"]
 
 
 @pytest.mark.parametrize(
@@ -218,24 +244,37 @@ def test_a_target_of_make_has_the_settings_of_its_result(target, result):
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python simclr.py (.*)", text, re.MULTILINE)
     flags = shlex.split(recipe[1].replace("$(or $(DATASET),cifar10)", "data/cifar10-images"))
-    config = functions.parse_config(importlib.import_module("simclr").Config, flags, "")
+    config = settings.parse_config(importlib.import_module("simclr").Config, flags, "")
     assert_same_settings(config, json.loads((ROOT / f"docs/results/{result}.json").read_text()))
 
 
-def test_a_result_is_reproduced(tmp_path):
-    command = [sys.executable, str(ROOT / "docs/results/reproduce.py"), "simclr-digits"]
-    done = subprocess.run(
-        [*command, "--epochs", "1", "--stages", "pretrain"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "results" / "simclr" / "reproduced-simclr-digits"
-    assert json.loads((folder / "config.json").read_text())["crop_scale_min"] == 0.35
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # it goes on, and finds everything done
-    assert "--resume" in done.stdout
-    done = subprocess.run([*command[:2], "nothing"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "simclr-digits" in done.stderr
+def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
+    # A short result of a version whose default of --patience was another, and without --dropout.
+    result = {"script": "rnn", "dataset": "digits", "cells": "rnn", "epochs": 1, "seed": 7}
+    result |= {"patience": 3, "train_fraction": 0.1, "name": "then", "output_dir": "elsewhere"}
+    committed = tmp_path / "committed" / "old"
+    committed.mkdir(parents=True)
+    (committed / "config.json").write_text(json.dumps(result))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", committed.parent)
+    folder = tmp_path / "results" / "rnn" / "reproduced-old"
+    for way in ("--patience 3", "--resume"):  # the second time everything is done
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "old", "--device", "cpu"])
+        reproduce.main()
+        assert way in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["seed"], config["patience"], config["device"]) == (7, 3, "cpu")
+    assert len(config["resumed"]) == 1
+    assert json.loads((folder / "summary.json").read_text())["rnn_test_accuracy"] > 0
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "nothing"])
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main()
+    assert caught.value.code == 2
+    assert "error: name one of old" in capsys.readouterr().err
+    # A run that fails ends it, with the script's exit code.
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(subprocess, "run", lambda command: failed)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "old"])
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main()
+    assert caught.value.code == 3

@@ -15,18 +15,24 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent.parent
 sys.path.insert(0, str(ROOT))
-# Not settings of the result: where it lies, and a file that the other settings were read from.
+# These say where the result lies, and which file other settings came from, and nothing else of it.
 LEFT_OUT = ("name", "output_dir", "data_dir", "resume", "config")
 
 
 def flags(settings: dict, config_class: type) -> list[str]:
-    """The flags that give these settings, where they are not the default."""
+    """The flags that give these settings, where they are not the default.
+
+    A setting that is not among them, because the script got it later, takes the value that means
+    what the script did before.
+    """
+    settings = dict(settings)
     # On another machine `auto` may mean something else than what was computed.
-    precision = {"32-true": "float32", "bf16-mixed": "bfloat16"}.get(settings.get("computed_in"))
-    settings = {**settings, **({"precision": precision} if precision else {})}
+    precisions = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+    if settings.get("computed_in") in precisions:
+        settings["precision"] = precisions[settings["computed_in"]]
     made = []
     for field in dataclasses.fields(config_class):
-        value = settings.get(field.name, field.default)
+        value = settings.get(field.name, field.metadata["before"])
         value = tuple(value) if isinstance(value, list) else value
         if value == field.default or field.name in LEFT_OUT:
             continue
@@ -44,7 +50,7 @@ def commands(committed: dict, name: str) -> list[list[str]]:
     config_class = importlib.import_module(script).Config
     folder = f"results/{script}/{name}"
     made = [[f"{script}.py", *flags(committed, config_class), "--name", name]]
-    if Path(folder, "config.json").exists():  # stopped before
+    if Path(folder, "config.json").exists():  # a reproduction that was stopped goes on
         made = [[f"{script}.py", "--resume", folder]]
     for resumed in committed.get("resumed", [])[-1:]:
         words = shlex.split(resumed["command"])
