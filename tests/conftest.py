@@ -4,7 +4,7 @@ import resource
 import pytest
 import torch
 
-from functions import UserError
+from support.errors import UserError
 
 
 @pytest.fixture(autouse=True, scope="session")

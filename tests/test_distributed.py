@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import functions
-import pretraining
 import simclr
 import simsiam
+from support import augment, checkpoints, devices, errors, pretraining, runs, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = """
@@ -43,77 +42,121 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh())
-        self.head = nn.Linear(24, 16)
+        self.projector = nn.Linear(24, 16)
         self.predictor = nn.Linear(16, 16)
         self.kind = kind
 
     def forward(self, images):
-        z = self.head(self.encoder(images))
+        z = self.projector(self.encoder(images))
         return (z, self.predictor(z)) if self.kind == "simsiam" else z + 0 * self.predictor(z)
 
-    @property
-    def projector(self):
-        return self.head
+
+def train(module, data, folder, fabric, scale=1):
+    """Losses, first gradients and last weights of five steps."""
+    config = module.Config(
+        batch_size=32,
+        epochs=1,
+        knn_every=0,
+        keep_every=0,
+        device="cpu",
+        precision="float32",
+        learning_rate=0.1,
+    )
+    model, gradients, losses = Model(module.__name__).double(), [], []
+    for weight in model.parameters():
+        weight.register_hook(lambda gradient: gradient * scale)
+    record = pretraining.Pretraining.record
+
+    def spy(self, loss, z):
+        if losses:  # the step before is done
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        losses.append(fabric.all_reduce(loss.detach()).item())
+        record(self, loss, z)
+
+    folder.mkdir(parents=True)
+    pretraining.Pretraining.record = spy
+    try:
+        module.pretrain(model, data, config, runs.Run(folder), fabric)
+    finally:
+        pretraining.Pretraining.record = record
+    return losses, gradients[0], list(model.state_dict().values())
 
 
-def settings(kind):
-    shared = {"dataset": "digits", "batch_size": 32, "epochs": 1, "knn_every": 0, "device": "cpu"}
-    shared |= {"precision": "float32", "learning_rate": 0.1, "keep_every": 0}
-    return (simsiam if kind == "simsiam" else simclr).Config(**shared)
+def diverge(data, folder, fabric):
+    """Whether this process stops when the last step of an epoch spoils the weights."""
+    config = simclr.Config(batch_size=32, epochs=2, knn_every=0, device="cpu")
+    model, monitor = Model("simclr").double(), functions.Monitor(data.train, 0, fabric)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    folder.mkdir()
+    training = pretraining.Pretraining(
+        model, optimizer, data.train, config, runs.Run(folder), fabric, monitor
+    )
+    try:
+        for epoch in training.epochs():
+            for _ in training.batches(epoch):
+                training.record(torch.tensor(1.0), torch.rand(32, 16))
+            model.projector.bias.data[3] = torch.nan
+    except errors.Diverged as error:
+        return "projector.bias is not finite after epoch 1" in str(error)
+    return False
 
 
 def worker(folder):
-    """Trainings of five steps; rank 0 saves their losses, first gradients and weights."""
-    world = int(os.environ["WORLD_SIZE"])
-    fabric = functions.make_fabric("cpu", "float32", world)
+    """Trainings of five steps in float64; rank 0 saves what came of them."""
+    world, folder = int(os.environ.get("WORLD_SIZE", 1)), Path(folder)
+    torch.Tensor.float = torch.Tensor.double  # what asks for float32
+    fabric = devices.make_fabric("cpu", "float32", world)
     fabric.launch()
-    train = functions.load_images("digits").train.select(torch.arange(5 * 32))
-    step, results = pretraining.Pretraining.step, {}
-    for name in ("simclr", "simsiam", "wrong scale"):
-        kind = "simsiam" if name == "simsiam" else "simclr"
-        scale = world if name == "wrong scale" else 1
-        model, gradients, losses = Model(kind), [], []
-
-        def spy(self, loss, z, model=model, gradients=gradients, losses=losses, scale=scale):
-            step(self, loss * scale, z)
-            losses.append(self.losses.values[self.losses.step - 1].item())
-            gradients.append([p.grad.clone() for p in model.parameters()])
-
-        pretraining.Pretraining.step = spy
-        subfolder = Path(folder) / name
-        subfolder.mkdir(exist_ok=True)
-        {"simclr": simclr, "simsiam": simsiam}[kind].pretrain(
-            model, train, settings(kind), subfolder, fabric
-        )
-        results[name] = (losses, gradients[0], list(model.state_dict().values()))
-    if fabric.global_rank == 0:
-        torch.save(results, Path(folder) / "result.pt")
+    data = functions.load_images("digits")
+    data = dataclasses.replace(data, train=data.train.select(torch.arange(5 * 32)))
+    rank = fabric.global_rank
+    results = {
+        module.__name__: train(module, data, folder / f"{module.__name__}{rank}", fabric)
+        for module in (simclr, simsiam)
+    }
+    results["wrong scale"] = train(simclr, data, folder / f"wrong{rank}", fabric, world)
+    stopped = fabric.all_gather(torch.tensor(diverge(data, folder / f"nan{rank}", fabric)))
+    results["stopped"] = stopped.flatten().tolist()
+    if rank == 0:
+        torch.save(results, folder / "result.pt")
 
 
-def run(world, folder):
+def start_workers(world, folder):
     code = WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder))
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "GROUP_RANK": "0"}
     environment |= {"LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "none"}
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)
     ]
-    assert [process.wait(120) for process in processes] == [0] * world
-    return torch.load(folder / "result.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(1, tmp_path_factory.mktemp("alone"))
+    folder = tmp_path_factory.mktemp("alone")
+    to_float = torch.Tensor.float
+    try:
+        worker(folder)
+    finally:
+        torch.Tensor.float = to_float
+    return torch.load(folder / "result.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(tmp_path_factory, request):
-    return run(request.param, tmp_path_factory.mktemp("together"))
+    folder = tmp_path_factory.mktemp("together")
+    processes = start_workers(request.param, folder)
+    try:
+        assert [process.wait(120) for process in processes] == [0] * request.param
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return torch.load(folder / "result.pt", weights_only=True)
 
 
 def difference(ours, expected):
@@ -124,9 +167,9 @@ def difference(ours, expected):
 def test_several_processes_train_as_one(alone, together, kind):
     losses, gradients, weights = together[kind]
     assert len(losses) == 5
-    assert losses[0] == pytest.approx(alone[kind][0][0], abs=1e-6)
-    assert difference(gradients, alone[kind][1]) < 1e-6
-    assert difference(weights, alone[kind][2]) < 1e-5
+    assert losses == pytest.approx(alone[kind][0], abs=1e-9)
+    assert difference(gradients, alone[kind][1]) < 1e-9
+    assert difference(weights, alone[kind][2]) < 1e-9
     assert max(g.abs().max() for g in gradients) > 1e-3
 
 
@@ -136,27 +179,36 @@ def test_a_wrong_scale_is_noticed(alone, together):
     assert difference(weights, alone["simclr"][2]) > 1e-3
 
 
+def test_all_processes_stop_when_a_weight_is_not_finite(together):
+    assert len(together["stopped"]) >= 2
+    assert all(together["stopped"])
+
+
 def test_loss_of_parts_is_the_loss_of_the_whole():
     torch.manual_seed(0)
     z = torch.randn(24, 8)
+    z.requires_grad_()
     whole = simclr.nt_xent_loss(z, 0.3)
-    parts = []
+    (expected,) = torch.autograd.grad(whole, z)
+    parts, total = [], torch.zeros_like(z)
     for rank in range(3):
         part = torch.arange(12)[4 * rank : 4 * rank + 4]
         rows = torch.cat((part, part + 12))
         parts.append(simclr.nt_xent_loss(z[rows], 0.3, z, rows))
+        total += torch.autograd.grad(parts[-1], z)[0] / 3  # DDP takes the mean over processes
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    torch.testing.assert_close(total, expected)
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (3, 6, 5)])
 def test_shards_draw_what_one_process_draws(shape):
     dim = shape.index(6)
-    whole = functions.draw(shape, torch.Generator().manual_seed(3), "cpu", dim)
+    whole = augment.uniform_numbers(shape, torch.Generator().manual_seed(3), "cpu", dim)
     assert whole.shape == shape
     for rows in (torch.tensor([0, 1, 4]), torch.tensor([2, 3, 5])):
-        shard = functions.Shard(torch.Generator().manual_seed(3), rows, 6)
+        shard = augment.Shard(torch.Generator().manual_seed(3), rows, 6)
         local = tuple(3 if i == dim else size for i, size in enumerate(shape))
-        part = functions.draw(local, shard, "cpu", dim)
+        part = augment.uniform_numbers(local, shard, "cpu", dim)
         assert torch.equal(part, whole.index_select(dim, rows))
 
 
@@ -165,15 +217,15 @@ def test_sharded_views_are_those_of_one_process():
     config = simclr.Config(blur_probability=0.5)
     pairs = images.repeat(2, 1, 1, 1)
     whole = pretraining.crop_views(pairs, config, torch.Generator().manual_seed(1))
-    augmented = simsiam.make_views(pairs, simsiam.Config(), None, torch.Generator().manual_seed(1))
+    augmented = simsiam.make_views(pairs, simsiam.Config(), torch.Generator().manual_seed(1))
     for rank in range(2):
         part = torch.arange(8)[4 * rank : 4 * rank + 4]
         rows = torch.cat((part, part + 8))
-        shard = functions.Shard(torch.Generator().manual_seed(1), rows, 16)
+        shard = augment.Shard(torch.Generator().manual_seed(1), rows, 16)
         views = pretraining.crop_views(pairs[rows], config, shard)
         torch.testing.assert_close(views, whole[rows])
-        shard = functions.Shard(torch.Generator().manual_seed(1), rows, 16)
-        views = simsiam.make_views(pairs[rows], simsiam.Config(), None, shard)
+        shard = augment.Shard(torch.Generator().manual_seed(1), rows, 16)
+        views = simsiam.make_views(pairs[rows], simsiam.Config(), shard)
         assert torch.equal(views, augmented[rows])
 
 
@@ -198,7 +250,7 @@ def start(folder, *flags):
 def test_two_devices_on_the_command_line(tmp_path):
     process = start(tmp_path, "--epochs", "2")
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
+    assert process.returncode == 0, err
     assert out.count("final loss") == 1  # one process prints
     assert "2 x " in out
     folder = tmp_path / "simclr" / "run"
@@ -233,11 +285,11 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_alone(tmp_path, victim):
     assert process.returncode != 0
     if victim == "child":
         assert "Traceback" not in err
-    done = functions.load_checkpoint(folder / "checkpoint.pt", "simclr")["epoch"]
+    done = checkpoints.load(folder / "checkpoint.pt")["epoch"]
     assert done >= 1
-    config = functions.load_config(simclr.Config, folder)
+    config = settings.load_config(simclr.Config, folder)
     config = dataclasses.replace(config, resume=str(folder), devices=1, stages="probe")
-    with pytest.raises(functions.UserError, match="finished"):  # and can be read by one process
+    with pytest.raises(errors.UserError, match="finished"):  # and can be read by one process
         simclr.main(config)
 
 
@@ -256,21 +308,21 @@ def test_a_terminal_or_batch_system_stops_all_processes(tmp_path, number, code):
     assert process.returncode == code
     (line,) = err.splitlines()
     assert f"--resume {folder}" in line
-    assert functions.load_checkpoint(folder / "checkpoint.pt", "simclr")["epoch"] >= 1
+    assert checkpoints.load(folder / "checkpoint.pt")["epoch"] >= 1
 
 
 def test_more_devices_than_there_are(user_error, monkeypatch):
     with user_error("--batch-size 512", "--devices 3"):
         simclr.Config(devices=3)
-    monkeypatch.setattr(functions, "pick_device", lambda device: "mps")  # one at most
+    monkeypatch.setattr(devices, "pick_device", lambda device: "mps")  # one at most
     with user_error("--devices 2", "has 1 of mps"):
-        functions.make_fabric("mps", "float32", 2)
+        devices.make_fabric("mps", "float32", 2)
     monkeypatch.undo()
     with user_error("--devices 100000", "of cpu"):
-        functions.make_fabric("cpu", "float32", 100_000)
+        devices.make_fabric("cpu", "float32", 100_000)
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda backend: False)
     with user_error("--devices 2", "gloo"):
-        functions.make_fabric("cpu", "float32", 2)
+        devices.make_fabric("cpu", "float32", 2)
 
 
 def test_a_slurm_job_that_lightning_refuses_is_one_line(user_error, monkeypatch):
@@ -278,27 +330,11 @@ def test_a_slurm_job_that_lightning_refuses_is_one_line(user_error, monkeypatch)
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     with user_error("SLURM", "--ntasks-per-node=2"):
-        functions.make_fabric("cpu", "float32", 2)
-
-
-def test_ddp_mean_is_what_the_exact_gradient_needs():
-    """The closed form behind `gather`: mean over ranks of local means, gradients summed."""
-    torch.manual_seed(0)
-    z = torch.randn(8, 4, requires_grad=True)
-    whole = simclr.nt_xent_loss(z, 0.5)
-    (expected,) = torch.autograd.grad(whole, z)
-    total = torch.zeros_like(z)
-    for rank in range(2):
-        part = torch.arange(4)[2 * rank : 2 * rank + 2]
-        rows = torch.cat((part, part + 4))
-        (gradient,) = torch.autograd.grad(simclr.nt_xent_loss(z[rows], 0.5, z, rows), z)
-        total += gradient / 2
-    torch.testing.assert_close(total, expected)
-    assert F.mse_loss(2 * total, expected) > 1e-6
+        devices.make_fabric("cpu", "float32", 2)
 
 
 @pytest.mark.parametrize(
-    ("environment", "devices", "layout"),
+    ("environment", "count", "layout"),
     [
         ({}, 4, (4, 1)),
         ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}, 1, (4, 2)),
@@ -312,31 +348,40 @@ def test_ddp_mean_is_what_the_exact_gradient_needs():
         ),
     ],
 )
-def test_processes_are_those_that_are_started(
-    monkeypatch, user_error, environment, devices, layout
-):
+def test_processes_are_those_that_are_started(monkeypatch, user_error, environment, count, layout):
     for name in ("SLURM_NTASKS", "SLURM_NNODES", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    config = simclr.Config(devices=devices)
+    config = simclr.Config(devices=count)
     if isinstance(layout, str):
         with user_error(layout):
-            functions.process_layout(config)
+            devices.process_layout(config)
     else:
-        assert functions.process_layout(config) == layout
+        assert devices.process_layout(config) == layout
+
+
+def fail(monkeypatch, capsys, error):
+    """What a script whose work raises `error` prints."""
+
+    def work():
+        raise error
+
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        runs.exit_cleanly(work)
+    return capsys.readouterr().err
 
 
 def test_what_one_process_meets_is_said_by_it(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    for error, said in (
-        (torch.OutOfMemoryError(), "process 1: error: words\n"),
-        (functions.UserError(), ""),  # which all processes meet
-    ):
-        with pytest.raises(SystemExit):
-            functions._exit_with(1, "error: words", error)
-        assert capsys.readouterr().err == said
+    printed = fail(monkeypatch, capsys, torch.OutOfMemoryError())
+    assert printed.startswith("process 1: error: out of memory")
+    for alike in (errors.UserError("x"), errors.Diverged("x"), KeyboardInterrupt()):
+        assert fail(monkeypatch, capsys, alike) == ""  # the first process says it
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert fail(monkeypatch, capsys, errors.UserError("x")) == "error: x\n"
 
 
 @pytest.mark.parametrize(
@@ -353,11 +398,10 @@ def test_rank_of_a_process(monkeypatch, environment, rank):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert functions.process_rank() == rank
+    assert devices.process_rank() == rank
 
 
 def test_independent_processes_under_srun_all_say_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_PROCID", "3")
-    with pytest.raises(SystemExit):
-        functions._exit_with(2, "error: no such file", ValueError())
-    assert capsys.readouterr().err == "error: no such file\n"
+    printed = fail(monkeypatch, capsys, errors.UserError("no such file"))
+    assert printed == "error: no such file\n"

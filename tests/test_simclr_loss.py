@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 
-from functions import UserError
 from simclr import nt_xent_loss
+from support.errors import UserError
 
 
 def embeddings(pairs, size=8, seed=0):
@@ -35,43 +35,42 @@ def value_and_gradient(loss, z):
     z = z.clone().requires_grad_()
     value = loss(z)
     (gradient,) = torch.autograd.grad(value, z)
-    return value.detach().float(), gradient.float()
+    return value.detach(), gradient
 
 
-def assert_same(ours, expected, floor=1e-9):
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-6)
-    largest = expected[1].abs().max().item()  # gradients differ in scale by temperature and B
-    torch.testing.assert_close(ours[1], expected[1], rtol=0, atol=2e-5 * largest + floor)
+@pytest.fixture
+def float64(monkeypatch):
+    """Let the loss compute in float64, where it asks for float32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
 @pytest.mark.parametrize("pairs", [1, 2, 5])
-def test_equals_the_papers_equation(pairs, temperature):
-    z = embeddings(pairs)
+def test_equals_the_papers_equation(float64, pairs, temperature):
+    z = embeddings(pairs).double()
     ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
     expected = value_and_gradient(lambda z: paper_loss(z, temperature), z)
-    assert_same(ours, expected, 1e-6 if pairs == 1 else 1e-9)  # one pair has no gradient
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("pairs", "temperature"), [(2, 1.0), (16, 0.05), (300, 0.5)])
+def test_equals_lightly(float64, pairs, temperature):
+    z = embeddings(pairs, 32).double()
+    reference = NTXentLoss(temperature)
+    ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
+    expected = value_and_gradient(lambda z: reference(*z.chunk(2)), z)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_positive_is_once_in_the_denominator():
     # Known mistake of public versions: once as the first column, once in the masked matrix.
     z = embeddings(4)
     ours = nt_xent_loss(z, 0.5).item()
-    assert ours == pytest.approx(paper_loss(z, 0.5).item(), abs=1e-5)
     assert ours < paper_loss(z, 0.5, count_positive=2).item() - 0.05
     assert ours > paper_loss(z, 0.5, count_positive=0).item() + 0.05
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize("pairs", [2, 16, 512])
-def test_equals_lightly(pairs, temperature):
-    z = embeddings(pairs, 32)
-    reference = NTXentLoss(temperature)
-    ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
-    assert_same(ours, value_and_gradient(lambda z: reference(*z.chunk(2)), z))
-
-
-@pytest.mark.parametrize("pairs", [1, 2, 16, 100])
+@pytest.mark.parametrize("pairs", [1, 2, 100])
 def test_equal_embeddings_give_the_log_of_the_number_of_candidates(pairs):
     z = embeddings(1)[:1].expand(2 * pairs, -1)
     assert nt_xent_loss(z, 0.1).item() == pytest.approx(math.log(2 * pairs - 1), abs=2e-5)
@@ -85,14 +84,8 @@ def test_orthogonal_pairs_have_a_closed_form(temperature):
     assert nt_xent_loss(z, temperature).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_pair_has_no_negatives():
-    value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), embeddings(1))
-    assert value == pytest.approx(0, abs=1e-6)
-    assert gradient.abs().max() < 1e-6
-
-
-def test_views_may_be_swapped():
-    z = embeddings(6)
+def test_views_may_be_swapped(float64):
+    z = embeddings(6).double()
     value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z)
     swapped = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z.roll(6, 0))
     torch.testing.assert_close(swapped, (value, gradient.roll(6, 0)))
@@ -101,40 +94,35 @@ def test_views_may_be_swapped():
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-def test_length_of_z_does_not_matter(factor):
-    z = embeddings(6)
+def test_length_of_z_does_not_matter(float64, factor):
+    z = embeddings(6).double()
     value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z)
-    lengths = torch.linspace(0.5, 2, 12)[:, None] * factor
+    lengths = torch.linspace(0.5, 2, 12)[:, None].double() * factor
     scaled = value_and_gradient(lambda z: nt_xent_loss(z, 0.5), z * lengths)
-    torch.testing.assert_close(scaled, (value, gradient / lengths), rtol=1e-4, atol=1e-6 / factor)
-    assert (z * gradient).sum(1).abs().max() < 1e-6  # no pull along z itself
+    torch.testing.assert_close(scaled, (value, gradient / lengths), rtol=1e-9, atol=1e-12)
+    assert (z * gradient).sum(1).abs().max() < 1e-12  # no pull along z itself
 
 
-def test_computes_in_float32_under_autocast():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_computes_in_float32_under_autocast(dtype):
     def under_autocast(z):
         with torch.autocast("cpu", torch.bfloat16):
             loss = nt_xent_loss(z, 0.05)
         assert loss.dtype == torch.float32
         return loss  # the backward pass is outside, as in training
 
-    z = embeddings(16)
-    outside = value_and_gradient(lambda z: nt_xent_loss(z, 0.05), z)
-    torch.testing.assert_close(value_and_gradient(under_autocast, z), outside)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_embeddings_lose_no_further_precision(dtype):
     z = embeddings(16).to(dtype)
-    value = nt_xent_loss(z, 0.05)
-    assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(nt_xent_loss(z.float(), 0.05).item(), rel=1e-6)
+    value, gradient = value_and_gradient(under_autocast, z)
+    expected = value_and_gradient(lambda z: nt_xent_loss(z, 0.05), z.to(torch.float32))
+    assert value.item() == pytest.approx(expected[0].item(), rel=1e-6)
+    torch.testing.assert_close(gradient, expected[1].to(dtype))
 
 
 def test_small_temperatures_do_not_overflow():
     # exp(1 / 0.005) is above float32's largest number.
     z = embeddings(16)
     value, gradient = value_and_gradient(lambda z: nt_xent_loss(z, 0.005), z)
-    assert value == pytest.approx(paper_loss(z, 0.005).item(), rel=1e-4)
+    assert value.item() == pytest.approx(paper_loss(z, 0.005).item(), rel=1e-4)
     assert gradient.isfinite().all()
 
 
@@ -151,13 +139,13 @@ def test_refuses_a_temperature_that_is_not_positive(temperature):
         nt_xent_loss(embeddings(2), temperature)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (1, 4), (4,), (2, 2, 4)])
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (4,), (2, 2, 4)])
 def test_refuses_what_is_not_two_views(shape):
     with pytest.raises(UserError, match="2B, D"):
         nt_xent_loss(torch.ones(shape), 0.5)
 
 
-def test_one_matrix_of_similarities_is_kept_and_used_up():
+def test_one_matrix_of_similarities_is_kept_for_the_backward_pass():
     kept, z = [], torch.randn(20, 5, requires_grad=True)
 
     def pack(tensor):
@@ -165,9 +153,5 @@ def test_one_matrix_of_similarities_is_kept_and_used_up():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = nt_xent_loss(z, 0.5)
+        nt_xent_loss(z, 0.5)
     assert kept.count((20, 20)) == 1
-    loss = nt_xent_loss(z, 0.5)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -61,14 +62,14 @@ def die():
 
 def set_handler(number, handler, real=signal.signal):
     before = real(number, handler)
-    if number == signal.SIGUSR1 and caller(1) == ("functions.py", "exit_cleanly"):
+    if number == signal.SIGUSR1 and caller(1) == ("runs.py", "exit_cleanly"):
         note("ready")
     return before
 
 
 def fsync(descriptor, real=os.fsync):
     global written
-    if caller(1) == ("functions.py", "atomic_file"):
+    if caller(1) == ("files.py", "atomic_file"):
         written += 1
         if written == KILL_AT and PART == "half":
             temporary = sys._getframe(1).f_locals["temporary"]
@@ -78,7 +79,7 @@ def fsync(descriptor, real=os.fsync):
 
 
 def replace(source, target, real=os.replace):
-    ours = caller(1) == ("functions.py", "atomic_file")
+    ours = caller(1) == ("files.py", "atomic_file")
     if ours and written == KILL_AT and PART == "before":
         die()
     real(source, target)
@@ -89,7 +90,7 @@ def replace(source, target, real=os.replace):
 
 
 def mkdir(path, *args, real=pathlib.Path.mkdir, **options):
-    if MEETING and not options and caller(1) == ("functions.py", "_new_folder"):
+    if MEETING and not options and caller(1) == ("runs.py", "_new_folder"):
         open(os.path.join(MEETING, str(os.getpid())), "w").close()
         until = time.time() + 60
         while len(os.listdir(MEETING)) < 2 and time.time() < until:
@@ -178,16 +179,26 @@ class Commands:
                 command.kill()
 
 
+def last_words(errors: str) -> list[str]:
+    """What a script itself says on the way out, without the warnings of libraries.
+
+    A traceback is among it, so that nobody takes it for a line of ours.
+    """
+    return re.findall(r"^(?:error: |stopped\b|process \d+: |Traceback ).*$", errors, re.MULTILINE)
+
+
 def command_to_go_on(errors: str) -> list[str]:
     """The arguments of the command that the one line of `errors` ends with."""
-    (line,) = errors.splitlines()
+    (line,) = last_words(errors)
     return shlex.split(line[line.index("Continue with: python ") :])[3:]
 
 
 def table(path: Path, *without: str) -> list[dict[str, str]]:
-    """A csv file's rows without the columns of times."""
+    """A csv file's rows, each of them whole, without some columns."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file, strict=True))
+    for row in rows:
+        assert None not in (*row, *row.values()), f"{path} has a row of another length: {row}"
     return [{k: v for k, v in row.items() if k not in without} for row in rows]
 
 
@@ -213,8 +224,8 @@ def result(folder: Path) -> dict[str, Any]:
         found[path.name] = table(path, "seconds", "images_per_second")
     summary = json.loads((folder / "summary.json").read_text())
     found["summary"] = {k: v for k, v in summary.items() if not k.endswith("seconds")}
-    if (folder / "embeddings.npz").exists():
-        found["embeddings"] = arrays(folder / "embeddings.npz")
+    for path in sorted(folder.glob("*.npz")):
+        found[path.name] = arrays(path)
     return found
 
 

@@ -1,7 +1,6 @@
 """What the fault tests share: processes that may die, mutations of files, digests of results."""
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
@@ -17,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import table
 
-import functions
-from functions import UserError
+from support import checkpoints
+from support.errors import UserError
 
-REPOSITORY = Path(functions.__file__).resolve().parent
 # How many mutated files there are in total; the other counts are shares of it.
 COUNT = int(os.environ.get("FAULT_COUNT", "1000"))
-# A row's checksum is over its times as well.
-TIMES = {"seconds", "images_per_second", "check"}
 
 
 @dataclass
@@ -108,18 +105,13 @@ def digest(value: Any) -> str:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a table without the columns of time; every row must be whole."""
-    with path.open(newline="") as file:
-        table = list(csv.DictReader(file, strict=True))
-    for row in table:
-        assert None not in row, f"{path} has a row that is too long: {row}"
-        assert None not in row.values(), f"{path} has half a row: {row}"
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in table]
+    """The rows of a table without the columns of time."""
+    return table(path, "seconds", "images_per_second")
 
 
-def result_of(folder: Path, script: str, checkpoint: str = "checkpoint.pt") -> list[Any]:
+def result_of(folder: Path) -> list[Any]:
     """What two runs that went the same way have in common: weights, optimizer, epoch and rows."""
-    state = functions.load_checkpoint(folder / checkpoint, script)
+    state = checkpoints.load(folder / "checkpoint.pt")
     weights = digest([state["epoch"], state["model"], state["optimizer"]["state"]])
     return [weights, rows_of(folder / "metrics.csv")]
 

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import os
-import re
 import shutil
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 from commands import Commands
-from test_sweep import FLAGS, SCRIPT, Sweep, problems_of
+from test_sweep import FLAGS, SCRIPT, Sweep, error_line, problems_of
 
 pytestmark = pytest.mark.slow
 
@@ -78,43 +77,59 @@ def commands(tmp_path):
     made.close()
 
 
-def silence(port: int, number: int) -> int:
-    """Turn back the heartbeats of a process's trials; how many there are."""
+def running_trials(port: int) -> set[int]:
+    """The database's numbers of all trials that run."""
     import psycopg
 
-    address = url(port).replace("+psycopg", "")
-    with psycopg.connect(address) as database:
-        return database.execute(
-            "UPDATE trial_heartbeats SET heartbeat = '2020-01-01' WHERE trial_id IN ("
-            "SELECT t.trial_id FROM trials t JOIN trial_user_attributes a USING (trial_id)"
-            " WHERE t.state = 'RUNNING' AND a.key = 'process' AND a.value_json LIKE %s)",
-            [f'%:{number}"'],
-        ).rowcount
+    with psycopg.connect(url(port).replace("+psycopg", "")) as database:
+        rows = database.execute("SELECT trial_id FROM trials WHERE state = 'RUNNING'").fetchall()
+    return {number for (number,) in rows}
+
+
+def turn_back_the_clock(port: int, trial: int) -> None:
+    """Let the last sign of life of a trial be years ago."""
+    import psycopg
+
+    with psycopg.connect(url(port).replace("+psycopg", "")) as database:
+        database.execute(
+            "UPDATE trial_heartbeats SET heartbeat = '2020-01-01' WHERE trial_id = %s", [trial]
+        )
+
+
+def stop_in_a_trial(port: int, process: subprocess.Popen) -> int:
+    """Suspend a machine in the middle of a trial; the trial that the others do not end."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        os.kill(process.pid, signal.SIGSTOP)
+        left = running_trials(port)
+        while len(left) > 1 and time.monotonic() < until:
+            time.sleep(0.2)
+            left &= running_trials(port)
+        time.sleep(5)  # the last one may be another machine's
+        if left := left & running_trials(port):
+            return left.pop()
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.3)
+    pytest.fail("no trial runs")
 
 
 def test_four_machines_one_of_which_dies_finish_exactly_the_trials(commands, server):
-    flags = [*FLAGS[:-2], "--trials", "20", "--storage", url(server), "--study", "four"]
+    flags = [*FLAGS[:-2], "--trials", "40", "--storage", url(server), "--study", "four"]
     sweeps = [Sweep(commands.start([SCRIPT, *flags, "--name", f"node{n}"])) for n in range(4)]
     until = time.monotonic() + 300
-    while sum(len(sweep.trials()) for sweep in sweeps) < 6 and time.monotonic() < until:
+    while not all(sweep.trials() for sweep in sweeps) and time.monotonic() < until:
         time.sleep(0.1)
-    while not sweeps[0].trials() and time.monotonic() < until:
-        time.sleep(0.1)
-    for _ in range(300):  # until it is found in the middle of a trial
-        os.kill(sweeps[0].process.pid, signal.SIGSTOP)
-        if silence(server, sweeps[0].process.pid):
-            break
-        os.kill(sweeps[0].process.pid, signal.SIGCONT)
-        time.sleep(0.05)
-    else:
-        pytest.fail("no trial runs")
+    trial = stop_in_a_trial(server, sweeps[0].process)
     sweeps[0].process.kill()
+    turn_back_the_clock(server, trial)
     ends = [sweep.finish() for sweep in sweeps]
     assert ends[0][0] == -signal.SIGKILL
-    assert ends[1:] == [(0, "")] * 3
+    for code, errors in ends[1:]:
+        assert code == 0, errors
+        assert "Traceback" not in errors, errors
     trials = optuna.load_study(study_name="four", storage=url(server)).get_trials()
-    assert problems_of(trials, 20) == []
-    assert sum("retry_of" in trial.user_attrs for trial in trials) >= 1
+    assert problems_of(trials, 40) == []
+    assert sum("retry_of" in trial.user_attrs for trial in trials) == 1
 
 
 def silent_port(stack: contextlib.ExitStack) -> int:
@@ -143,7 +158,6 @@ def test_a_database_that_cannot_be_used_is_one_line(commands, server, address, m
         began = time.monotonic()
         code, _, errors = commands.run([SCRIPT, *FLAGS, "--storage", storage])
     assert code == 2, errors
-    assert len(errors.splitlines()) == 1, errors
-    assert re.search(message, errors), errors
+    assert message in error_line(errors)
     assert "secret-guess" not in errors
     assert time.monotonic() - began < 30

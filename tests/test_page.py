@@ -1,3 +1,4 @@
+import importlib.util
 import io
 import json
 import re
@@ -9,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-import embedding_page
 import functions
-import pretraining
+from support import datasets, files, page
 
 CLASSES = ("</script><b>cat", "dog & co", "bird")
 
@@ -23,13 +23,14 @@ def make_page(folder, count=60, predictions=True, labelled=True, size=8):
     labels = np.arange(count) % 3
     coordinates = np.stack((np.arange(count) % 8, np.arange(count) // 8), 1) * 1.0
     path = folder / "embedding.html"
-    embedding_page.write_page(
+    page.write_page(
         path,
         coordinates,
         images,
         features,
         labels if labelled else None,
-        CLASSES if labelled else (),
+        CLASSES if labelled else ("images",),
+        ["red", "#00ff00", (0, 0, 1)][: 3 if labelled else 1],
         (labels + (np.arange(count) == 7)) % 3 if predictions else None,
         "Map of <things>",
     )
@@ -38,19 +39,19 @@ def make_page(folder, count=60, predictions=True, labelled=True, size=8):
 
 def test_neighbours_are_the_nearest_by_cosine():
     features = torch.randn(2500, 6, generator=torch.Generator().manual_seed(1))
-    found = embedding_page.nearest(features)
+    found = page.nearest(features)
     unit = features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True)
     for i in (0, 999, 1000, 1700, 2499):
         order = [j for j in np.argsort(-(unit @ unit[i])) if j != i]
         assert found[i].tolist() == order[:5]
-    assert embedding_page.nearest(features[:3]).shape == (3, 2)
+    assert page.nearest(features[:3]).shape == (3, 2)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 48)])
 def test_the_tiles_of_the_sprite_are_the_images(channels, size):
     smooth = torch.rand(10, channels, 3, 3, generator=torch.Generator().manual_seed(0)) * 255
     images = torch.nn.functional.interpolate(smooth, (size, size), mode="bilinear").byte()
-    content, columns = embedding_page.sprite(images)
+    content, columns = page.sprite(images)
     assert columns == 4
     side = min(size, 32)
     sheet = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.int64)
@@ -74,12 +75,13 @@ def test_the_page_holds_the_numbers_and_names_as_text(tmp_path):
     assert "</script><b>cat" not in text  # or a folder's name would become a tag
     data = data_of(text)
     assert data["classes"] == list(CLASSES)
+    assert data["colors"] == ["#ff0000", "#00ff00", "#0000ff"]
     assert data["labels"] == [i % 3 for i in range(60)]
     assert data["points"][9] == [1, 1]
     assert [a != b for a, b in zip(data["predictions"], data["labels"], strict=True)] == [
         i == 7 for i in range(60)
     ]
-    assert data["neighbours"] == embedding_page.nearest(features).tolist()
+    assert data["neighbours"] == page.nearest(features).tolist()
     assert "http" not in re.sub(r"<script>/\*.*?</script>", "", text, flags=re.DOTALL)
 
 
@@ -140,7 +142,7 @@ def test_in_a_browser(tmp_path, browser):
     for index in (20, 7):
         found = point_at(browser, index)
         said = (index % 3 + (index == 7)) % 3
-        near = [CLASSES[j % 3] for j in embedding_page.nearest(features)[index].tolist()]
+        near = [CLASSES[j % 3] for j in page.nearest(features)[index].tolist()]
         assert found == [
             CLASSES[index % 3],
             f"the probe says: {CLASSES[said]}",
@@ -174,19 +176,49 @@ def test_a_page_without_labels_in_a_browser(tmp_path, browser):
     assert len(browser.find_elements("css selector", "#panel .tile")) == 6
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x05\x06" + bytes(18)])
-def test_damaged_predictions_are_one_line(tmp_path, content):
+# functions.write_map_page, which gives the page its data
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x05\x06" + bytes(18)], ids=ascii)
+def test_damaged_predictions_are_one_line(tmp_path, user_error, content):
     data = functions.load_images("digits")
     (tmp_path / "predictions.npz").write_bytes(content)
     points = np.zeros((len(data.test), 2))
-    with pytest.raises(functions.UserError, match=r"predictions\.npz is damaged"):
-        pretraining.write_map(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+    with user_error(tmp_path / "predictions.npz", "damaged"):
+        functions.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
 
 
 def test_the_map_shows_the_probes_predictions_of_its_own_images(tmp_path):
-    data = functions.load_images("digits")
-    functions.write_arrays(tmp_path / "predictions.npz", predictions=data.test.labels.numpy())
-    points = np.zeros((len(data.test), 2))
-    pretraining.write_map(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+    # More images than a map takes: those of the map are a choice of them.
+    count = 10_500
+    numbers = torch.arange(count)
+    images = (numbers % 251).byte()[:, None, None, None].repeat(1, 1, 2, 2)
+    test = datasets.Split(images, numbers % 10)
+    data = datasets.ImageData("numbered", tuple("0123456789"), test, test)
+    files.write_arrays(tmp_path / "predictions.npz", predictions=(numbers % 7).numpy())
+    index, split = functions.images_to_map(data)
+    assert torch.equal(split.images, images[index])
+    points = np.stack((index.numpy(), index.numpy()), 1)
+    functions.write_map_page(tmp_path, data, torch.rand(len(index), 2), points, "map")
     found = data_of((tmp_path / "embedding.html").read_text())
-    assert found["predictions"] == found["labels"] != sorted(found["labels"])
+    assert [point[0] for point in found["points"]] == index.tolist()
+    assert found["labels"] == (index % 10).tolist()
+    assert found["predictions"] == (index % 7).tolist()
+
+
+def test_without_plotly_the_page_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    data = functions.load_images("digits")
+    points = np.zeros((len(data.test), 2))
+    functions.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+    assert list(tmp_path.iterdir()) == []
+    assert "pip install plotly" in capsys.readouterr().out
+
+
+def test_a_folder_without_labels_has_one_class_of_images(tmp_path):
+    split = datasets.Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), None)
+    data = datasets.ImageData("flat", (), split, None)
+    functions.write_map_page(tmp_path, data, torch.rand(6, 2), np.zeros((6, 2)), "map")
+    found = data_of((tmp_path / "embedding.html").read_text())
+    assert (found["labels"], found["labelled"], found["predictions"]) == ([0] * 6, False, None)
+    assert len(found["classes"]) == len(found["colors"]) == 1

@@ -10,41 +10,38 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
-import functions
-
-MEAN, STD = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.2, 0.25, 0.3])
+from support import augment
 
 # Each random op with its probability (where it has one) as the first argument. The strengths are
 # those of SimCLR; blur gets a sigma that changes every image visibly.
 CHANCE = {
-    "flip": lambda p, images, g: functions.random_horizontal_flip(images, p, g),
-    "flip in crop": lambda p, images, g: functions.random_resized_crop(
+    "flip": lambda p, images, g: augment.random_horizontal_flip(images, p, g),
+    "flip in crop": lambda p, images, g: augment.random_resized_crop(
         images, None, (1, 1), (1, 1), p, g
     ),
-    "brightness": lambda p, images, g: functions.color_jitter(images, 0.4, p=p, generator=g),
-    "contrast": lambda p, images, g: functions.color_jitter(images, 0, 0.4, p=p, generator=g),
-    "saturation": lambda p, images, g: functions.color_jitter(images, 0, 0, 0.4, p=p, generator=g),
-    "hue": lambda p, images, g: functions.color_jitter(images, 0, 0, 0, 0.1, p=p, generator=g),
-    "jitter": lambda p, images, g: functions.color_jitter(images, 0.4, 0.4, 0.4, 0.1, p, g),
-    "grayscale": lambda p, images, g: functions.random_grayscale(images, p, g),
-    "blur": lambda p, images, g: functions.gaussian_blur(images, 3, (0.5, 2.0), p, g),
+    "brightness": lambda p, images, g: augment.color_jitter(images, 0.4, p=p, generator=g),
+    "contrast": lambda p, images, g: augment.color_jitter(images, 0, 0.4, p=p, generator=g),
+    "saturation": lambda p, images, g: augment.color_jitter(images, 0, 0, 0.4, p=p, generator=g),
+    "hue": lambda p, images, g: augment.color_jitter(images, 0, 0, 0, 0.1, p=p, generator=g),
+    "jitter": lambda p, images, g: augment.color_jitter(images, 0.4, 0.4, 0.4, 0.1, p, g),
+    "grayscale": lambda p, images, g: augment.random_grayscale(images, p, g),
+    "blur": lambda p, images, g: augment.gaussian_blur(images, 3, (0.5, 2.0), p, g),
 }
 RANDOM = {
-    "crop": lambda images, g: functions.random_resized_crop(images, scale=(0.2, 1), generator=g),
+    "crop": lambda images, g: augment.random_resized_crop(images, scale=(0.2, 1), generator=g),
     **{
         name: partial(op, 0.5 if "flip" in name or name == "grayscale" else 1.0)
         for name, op in CHANCE.items()
     },
 }
 APPLIED = {
-    "resized_crop": lambda x: functions.resized_crop(x, torch.tensor([[1.0, 2, 5, 6]] * len(x)), 8),
-    "adjust_brightness": lambda x: functions.adjust_brightness(x, torch.full((len(x),), 1.3)),
-    "adjust_contrast": lambda x: functions.adjust_contrast(x, torch.full((len(x),), 1.3)),
-    "adjust_saturation": lambda x: functions.adjust_saturation(x, torch.full((len(x),), 1.3)),
-    "adjust_hue": lambda x: functions.adjust_hue(x, torch.full((len(x),), 0.2)),
-    "grayscale": functions.grayscale,
-    "blur": lambda x: functions.blur(x, torch.ones(len(x)), 3),
-    "normalize": lambda x: functions.normalize(x, MEAN, STD),
+    "resized_crop": lambda x: augment.resized_crop(x, torch.tensor([[1.0, 2, 5, 6]] * len(x)), 8),
+    "adjust_brightness": lambda x: augment.adjust_brightness(x, torch.full((len(x),), 1.3)),
+    "adjust_contrast": lambda x: augment.adjust_contrast(x, torch.full((len(x),), 1.3)),
+    "adjust_saturation": lambda x: augment.adjust_saturation(x, torch.full((len(x),), 1.3)),
+    "adjust_hue": lambda x: augment.adjust_hue(x, torch.full((len(x),), 0.2)),
+    "grayscale": augment.grayscale,
+    "blur": lambda x: augment.blur(x, torch.ones(len(x)), 3),
 }
 
 
@@ -90,13 +87,13 @@ def test_adjust_equals_torchvision(name, channels):
     batch = images.repeat_interleave(len(factors), 0)  # every image with every factor
     factor = torch.tensor(factors).repeat(len(images))
     expected = [getattr(reference, name)(x, f.item()) for x, f in zip(batch, factor, strict=True)]
-    assert_same(getattr(functions, name)(batch, factor), expected)
+    assert_same(getattr(augment, name)(batch, factor), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grayscale_equals_torchvision(channels):
     images = edge_images(channels)
-    assert_same(functions.grayscale(images), [reference.rgb_to_grayscale(x, 1) for x in images])
+    assert_same(augment.grayscale(images), [reference.rgb_to_grayscale(x, 1) for x in images])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -109,14 +106,7 @@ def test_blur_equals_torchvision(kernel_size, channels):
         reference.gaussian_blur(x, [kernel_size] * 2, [s.item()] * 2)
         for x, s in zip(images, sigma, strict=True)
     ]
-    assert_same(functions.blur(images, sigma, kernel_size), expected)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_normalize_equals_torchvision(channels):
-    images, mean, std = edge_images(channels), MEAN[:channels], STD[:channels]
-    expected = [reference.normalize(x, mean.tolist(), std.tolist()) for x in images]
-    assert_same(functions.normalize(images, mean, std), expected)
+    assert_same(augment.blur(images, sigma, kernel_size), expected)
 
 
 def border_boxes(height, width):
@@ -140,7 +130,7 @@ def test_resized_crop_equals_torchvision(shape, size):
         reference.resized_crop(x, *box, both, antialias=False)
         for x, box in zip(images, boxes, strict=True)
     ]
-    assert_same(functions.resized_crop(images, torch.tensor(boxes).float(), size), expected)
+    assert_same(augment.resized_crop(images, torch.tensor(boxes).float(), size), expected)
 
 
 # Powers of two only: for other widths grid_sample's own rounding moves a position by 1e-6 pixels,
@@ -155,7 +145,7 @@ def test_resized_crop_reads_nothing_outside_its_box(height, width):
         reference.resized_crop(x, *box, [20, 20], antialias=False)
         for x, box in zip(images, boxes, strict=True)
     ]
-    result = functions.resized_crop(images, torch.tensor(boxes).float(), 20)
+    result = augment.resized_crop(images, torch.tensor(boxes).float(), 20)
     assert result.max() <= 1
     assert_same(result, expected)
 
@@ -163,8 +153,8 @@ def test_resized_crop_reads_nothing_outside_its_box(height, width):
 def test_flip_and_grayscale_equal_torchvision_where_they_apply():
     images = noise(64, 3, 5, 7)
     for op, expected in (
-        (functions.random_horizontal_flip, reference.horizontal_flip(images)),
-        (functions.random_grayscale, reference.rgb_to_grayscale(images, 3)),
+        (augment.random_horizontal_flip, reference.horizontal_flip(images)),
+        (augment.random_grayscale, reference.rgb_to_grayscale(images, 3)),
     ):
         result = op(images, 0.5, seeded())
         changed = (result != images).flatten(1).any(1)
@@ -174,8 +164,8 @@ def test_flip_and_grayscale_equal_torchvision_where_they_apply():
 
 def test_a_mirrored_crop_is_the_crop_mirrored_by_torchvision():
     images = noise(64, 3, 9, 14)
-    plain = functions.random_resized_crop(images, (7, 11), generator=seeded())
-    result = functions.random_resized_crop(images, (7, 11), flip=0.5, generator=seeded())
+    plain = augment.random_resized_crop(images, (7, 11), generator=seeded())
+    result = augment.random_resized_crop(images, (7, 11), flip=0.5, generator=seeded())
     mirrored = (result != plain).flatten(1).any(1)
     assert 10 < mirrored.sum() < 54
     torch.testing.assert_close(
@@ -217,7 +207,7 @@ def test_parameters_are_per_sample(name):
 def test_channels_and_pixels_share_their_samples_parameters():
     # A draw per pixel or per channel would pass the tests above.
     images = torch.full((20, 3, 6, 6), 0.4)
-    result = functions.color_jitter(images, 0.4, generator=seeded())
+    result = augment.color_jitter(images, 0.4, generator=seeded())
     assert torch.equal(result, result[:, :1, :1, :1].expand_as(result))
 
 
@@ -248,12 +238,6 @@ def test_inputs_are_not_modified(name):
     assert torch.equal(images, before)
 
 
-def test_to_float_scales_bytes_to_one():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert_same(functions.to_float(images), [reference.to_dtype(images[0], scale=True)])
-    assert images.flatten().tolist() == list(range(256))
-
-
 USUAL_RATIO = (3 / 4, 4 / 3)
 
 
@@ -272,7 +256,7 @@ USUAL_RATIO = (3 / 4, 4 / 3)
 def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     image = torch.empty(1, height, width)
     batch = image.expand(4000, -1, -1, -1)
-    ours = functions.draw_crop_boxes(batch, scale, ratio, seeded())
+    ours = augment.draw_crop_boxes(batch, scale, ratio, seeded())
     torch.manual_seed(1)
     draw = partial(RandomResizedCrop.get_params, image, list(scale), list(ratio))
     theirs = torch.tensor([draw() for _ in range(2000)])
@@ -298,30 +282,30 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale, ratio)
 def test_crop_falls_back_to_torchvisions_box(height, width, ratio):
     images = torch.empty(4, 1, height, width)
     expected = RandomResizedCrop.get_params(images, [2.0, 3.0], list(ratio))
-    boxes = functions.draw_crop_boxes(images, (2.0, 3.0), ratio, seeded())
+    boxes = augment.draw_crop_boxes(images, (2.0, 3.0), ratio, seeded())
     assert boxes.tolist() == [list(expected)] * 4
 
 
 def read_brightness(strength, count):
     images = torch.full((count, 3, 2, 2), 0.2)
-    return functions.color_jitter(images, strength, generator=seeded())[:, 0, 0, 0] / 0.2
+    return augment.color_jitter(images, strength, generator=seeded())[:, 0, 0, 0] / 0.2
 
 
 def read_contrast(strength, count):
     images = torch.tensor([0.45, 0.55]).expand(count, 3, 1, 2)
-    result = functions.color_jitter(images, 0, strength, generator=seeded())
+    result = augment.color_jitter(images, 0, strength, generator=seeded())
     return (result[:, 0, 0, 1] - result[:, 0, 0, 0]) / 0.1
 
 
 def read_saturation(strength, count):
     images = torch.tensor([0.55, 0.45, 0.5])[:, None, None].expand(count, 3, 1, 1)
-    result = functions.color_jitter(images, 0, 0, strength, generator=seeded())
+    result = augment.color_jitter(images, 0, 0, strength, generator=seeded())
     return (result[:, 0, 0, 0] - result[:, 1, 0, 0]) / 0.1
 
 
 def read_hue(strength, count):
     images = torch.tensor([1.0, 0, 0])[:, None, None].expand(count, 3, 1, 1)
-    result = functions.color_jitter(images, 0, 0, 0, strength, generator=seeded())
+    result = augment.color_jitter(images, 0, 0, 0, strength, generator=seeded())
     hue = torch.tensor([colorsys.rgb_to_hsv(*x.flatten().tolist())[0] for x in result])
     return torch.where(hue > 0.5, hue - 1, hue)
 
@@ -349,7 +333,7 @@ def test_jitter_factors_are_distributed_as_torchvisions(position, strength):
 
 def test_jitter_draws_its_factors_independently():
     images = torch.tensor([0.2, 0.3]).expand(2000, 3, 1, 2)
-    result = functions.color_jitter(images, 0.5, 0.5, generator=seeded())[:, 0, 0]
+    result = augment.color_jitter(images, 0.5, 0.5, generator=seeded())[:, 0, 0]
     brightness = result.mean(1) / 0.25  # contrast leaves the mean of a grey image
     contrast = (result[:, 1] - result[:, 0]) / (0.1 * brightness)
     assert stats.spearmanr(brightness, contrast).pvalue > 0.001
@@ -358,7 +342,7 @@ def test_jitter_draws_its_factors_independently():
 def test_blur_sigma_is_distributed_as_torchvisions():
     images = torch.zeros(2000, 1, 5, 5)
     images[:, :, 2, 2] = 1
-    result = functions.gaussian_blur(images, 3, (0.3, 2.0), generator=seeded())
+    result = augment.gaussian_blur(images, 3, (0.3, 2.0), generator=seeded())
     ours = (0.5 / (result[:, 0, 2, 2] / result[:, 0, 2, 1]).log()).sqrt()
     torch.manual_seed(1)
     theirs = [GaussianBlur.get_params(0.3, 2.0) for _ in range(2000)]

@@ -1,0 +1,320 @@
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from simclr import Config
+from support import checkpoints, encoders
+from support.errors import Diverged, UserError
+
+
+def make_model(seed=0, width=16):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, width), nn.BatchNorm1d(width), nn.Linear(width, 4))
+    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+
+def train(model, optimizer, steps=range(3)):
+    for step in steps:
+        batch = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+HISTORY = [
+    {"epoch": 1, "loss": 1 / 3, "seconds": 0.5},
+    {"epoch": 2, "loss": 0.1, "seconds": 0.25, "knn_held_out": 1e-17},
+]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint with its model and optimizer."""
+    model, optimizer = make_model()
+    train(model, optimizer)
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.parent.mkdir()
+    checkpoints.save(path, 2, model, optimizer, HISTORY, Config(epochs=7))
+    return path, model, optimizer
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_restored_run_goes_on_as_if_never_stopped(saved):
+    path, model, optimizer = saved
+    model2, optimizer2 = make_model(seed=1)
+    assert not equal(model.state_dict(), model2.state_dict())
+    assert checkpoints.restore(path, model2, optimizer2) == (2, HISTORY)
+    assert equal(model.state_dict(), model2.state_dict())  # also BatchNorm's statistics
+    for a, b in zip(model.parameters(), model2.parameters(), strict=True):
+        momentum = optimizer.state[a]["momentum_buffer"]
+        assert momentum.abs().max() > 0
+        assert torch.equal(momentum, optimizer2.state[b]["momentum_buffer"])
+    train(model, optimizer, range(3, 6))
+    train(model2, optimizer2, range(3, 6))
+    assert equal(model.state_dict(), model2.state_dict())
+
+
+def test_weights_alone_can_be_restored(saved):
+    path, model, _ = saved
+    model2, _ = make_model(seed=1)
+    assert checkpoints.restore(path, model2) == (2, HISTORY)
+    assert equal(model.state_dict(), model2.state_dict())
+
+
+def test_later_training_does_not_reach_the_checkpoint_or_its_config(saved):
+    path, model, optimizer = saved
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train(model, optimizer)
+    state = checkpoints.load(path)
+    assert equal(state["model"], before)
+    assert state["config"] == dataclasses.asdict(Config(epochs=7))
+
+
+def test_a_history_holds_what_a_table_can(saved):
+    path, model, optimizer = saved
+    history = [{"epoch": 1, "loss": 0.5, "cell": "gru", "note": None, "chosen": True}]
+    checkpoints.save(path, 1, model, optimizer, history, Config())
+    assert checkpoints.restore(path, model, optimizer) == (1, history)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_named(saved, name, value):
+    _, model, optimizer = saved
+    checkpoints.check_finite(3, model, optimizer)
+    model.state_dict()[name].view(-1)[3] = value
+    with pytest.raises(Diverged, match=rf"{name} is not finite after epoch 3"):
+        checkpoints.check_finite(3, model, optimizer)
+
+
+def test_a_momentum_that_is_not_finite_is_noticed(saved):
+    _, model, optimizer = saved
+    optimizer.state[model[2].bias]["momentum_buffer"][1] = math.nan
+    with pytest.raises(Diverged, match="momentum_buffer"):
+        checkpoints.check_finite(3, model, optimizer)
+
+
+class Payload:
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+def seal(content):
+    """With a right checksum, so that what is inside has to be checked."""
+    content = content[:-2]
+    return content + b"\x40\x00" + hashlib.sha256(content).hexdigest().encode()
+
+
+def torch_file(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return seal(buffer.getvalue())
+
+
+def zip_file(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return seal(buffer.getvalue())
+
+
+def without(name):
+    return lambda good: torch_file(
+        {k: v for k, v in torch.load(io.BytesIO(good)).items() if k != name}
+    )
+
+
+def flipped_tensor(good):
+    model, optimizer = make_model()
+    train(model, optimizer)
+    weight = model[0].weight.detach().numpy().tobytes()
+    middle = good.index(weight) + len(weight) // 2
+    return good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+
+
+SPOILED = {
+    "empty": lambda good: b"",
+    "a byte": lambda good: good[:1],
+    "a tenth": lambda good: good[: len(good) // 10],
+    "half": lambda good: good[: len(good) // 2],
+    "without its end": lambda good: good[:-1],
+    "a flipped bit in a weight": flipped_tensor,
+    "zeros": lambda good: bytes(len(good)),
+    "zeroed half": lambda good: good[: len(good) // 2] + bytes(len(good) // 2),
+    "random": lambda good: random.Random(0).randbytes(len(good)),
+    "text": lambda good: b"not a checkpoint\n",
+    "a zip of text": lambda good: zip_file(readme="hello"),
+    "an empty zip": lambda good: zip_file(),
+    "a pickled dict": lambda good: pickle.dumps({"epoch": 1}),
+    "a list": lambda good: torch_file([1, 2]),
+    "a tensor": lambda good: torch_file(torch.zeros(3)),
+    "weights only": lambda good: torch_file(make_model()[0].state_dict()),
+    "a whole module": lambda good: torch_file(make_model()[0]),
+    **{f"without {name}": without(name) for name in ("epoch", "model", "optimizer", "history")},
+    "weights of no kind": lambda good: torch_file(
+        {**torch.load(io.BytesIO(good)), "model": [1], "optimizer": None}
+    ),
+    "optimizer of no kind": lambda good: torch_file(
+        {**torch.load(io.BytesIO(good)), "optimizer": "sgd"}
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_spoiled_checkpoint_is_refused(saved, user_error, spoil):
+    path, model, optimizer = saved
+    path.write_bytes(spoil(path.read_bytes()))
+    with user_error(path):
+        checkpoints.restore(path, model, optimizer)
+
+
+def test_a_flip_anywhere_is_refused(saved):
+    path, *_ = saved
+    good = path.read_bytes()
+    for position in range(0, len(good), len(good) // 120):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
+        with pytest.raises(UserError, match="checksum"):
+            checkpoints.load(path)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch, old format", "torch", "inside a checkpoint"])
+def test_code_in_a_checkpoint_is_not_run(saved, tmp_path, user_error, kind):
+    path, model, optimizer = saved
+    payload = Payload(tmp_path / "canary")
+    if kind == "pickle":
+        path.write_bytes(seal(pickle.dumps(payload) + b".."))
+    elif kind == "inside a checkpoint":
+        path.write_bytes(torch_file({**checkpoints.load(path), "history": payload}))
+    else:
+        buffer = io.BytesIO()
+        torch.save(payload, buffer, _use_new_zipfile_serialization=kind == "torch")
+        path.write_bytes(seal(buffer.getvalue() + b".." * (kind != "torch")))
+    with user_error(path):
+        checkpoints.restore(path, model, optimizer)
+    assert not (tmp_path / "canary").exists()
+    if kind != "pickle":
+        torch.load(path, weights_only=False)
+        assert (tmp_path / "canary").exists()  # the payload was a live one
+
+
+def test_a_missing_checkpoint_is_named(saved, user_error):
+    path, model, optimizer = saved
+    for other in (path.with_name("none.pt"), path.parent):
+        with user_error(other):
+            checkpoints.restore(other, model, optimizer)
+
+
+def test_checkpoint_of_another_model_or_optimizer_is_refused(saved, user_error):
+    path, model, _ = saved
+    shallower, deeper = nn.Sequential(*model[:2]), nn.Sequential(*model, nn.Linear(4, 4))
+    for other in (make_model(width=17)[0], shallower, deeper):
+        with user_error(path):
+            checkpoints.restore(path, other)
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    with user_error(path):
+        checkpoints.restore(path, model, torch.optim.SGD(groups, 0.1, momentum=0.9))
+
+
+def changed_state(good, number, change):
+    """The checkpoint with another momentum of one weight."""
+    state = torch.load(io.BytesIO(good))
+    values = state["optimizer"]["state"][number]
+    values["momentum_buffer"] = change(values["momentum_buffer"])
+    return torch_file(state)
+
+
+SHAPES = {
+    "shorter": lambda momentum: momentum[:-1],
+    "one number": lambda momentum: momentum.sum(),
+    "transposed": lambda momentum: momentum.T,
+    "float64": lambda momentum: momentum.double(),
+    "sparse": lambda momentum: momentum.to_sparse(),
+}
+
+
+# A fused optimizer would read beyond the end of a momentum that is too short.
+@pytest.mark.parametrize("change", SHAPES.values(), ids=SHAPES)
+def test_a_momentum_of_another_shape_is_refused_before_the_optimizer_has_it(
+    saved, user_error, change
+):
+    path, model, _ = saved
+    path.write_bytes(changed_state(path.read_bytes(), 0, change))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    with user_error(path, "does not fit"):
+        checkpoints.restore(path, model, optimizer)
+    assert not optimizer.state
+
+
+def test_a_weight_of_another_type_is_refused(saved, user_error):
+    path, model, _ = saved
+    state = torch.load(io.BytesIO(path.read_bytes()))
+    state["model"]["0.weight"] = state["model"]["0.weight"].double()
+    path.write_bytes(torch_file(state))
+    with user_error(path, "float64"):
+        checkpoints.restore(path, model)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("enforce fail at inline_container.cc:659\nunexpected pos 64"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["a full disk", "Ctrl-C"],
+)
+def test_an_interrupted_write_keeps_the_previous_checkpoint(saved, monkeypatch, raised, expected):
+    path, model, optimizer = saved
+    before = path.read_bytes()
+
+    def half(value, target):
+        Path(target).write_bytes(b"half")
+        raise raised
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(expected) as caught:
+        checkpoints.save(path, 3, model, optimizer, HISTORY, Config())
+    if expected is UserError:
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+# weights for elsewhere
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_encoder_is_read_back_by_safetensors(tmp_path, layout):
+    encoder = encoders.make_encoder("small", "cifar", 3, 8).to(memory_format=layout)
+    encoder(torch.rand(4, 3, 8, 8))  # moves BatchNorm's statistics off their start
+    path = tmp_path / "encoder.safetensors"
+    checkpoints.save_weights(path, encoder, {"encoder": "small"})
+    state = load_file(path)
+    assert equal(state, encoder.state_dict())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"encoder": "small"}
+    other = encoders.make_encoder("small", "cifar", 3, 8)
+    other.load_state_dict(state)
+    images = torch.rand(4, 3, 8, 8)
+    assert torch.allclose(other.eval()(images), encoder.eval()(images), atol=1e-6)
