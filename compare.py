@@ -24,13 +24,13 @@ import functions
 from support import files
 from support.errors import require
 from support.runs import exit_cleanly
-from support.settings import FREE_ON_RESUME, Parser
+from support.settings import FREE_ON_RESUME, Parser, value_before
 
 # What config.json says of a run's surroundings, and settings that change no result: `config` is the
 # file that others came from.
 NOT_COMPARED = frozenset(
     {"script", "command", "commit", "versions", "hardware", "threads", "processes", "started"}
-    | {"resumed", "data", "config"}
+    | {"resumed", "data", "config", "precision_because"}
     | (FREE_ON_RESUME - {"dataset"})
 )
 # The table's columns: a key of summary.json, and what stands above its numbers.
@@ -118,7 +118,7 @@ def settings_before(script: str) -> dict[str, Any]:
         return {}
     config_class = getattr(importlib.import_module(script), "Config", None)
     fields = dataclasses.fields(config_class) if config_class else ()
-    values = {field.name: field.metadata["before"] for field in fields}
+    values = {field.name: value_before(field) for field in fields}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}  # as JSON has it
 
 

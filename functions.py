@@ -792,8 +792,9 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
     rows = range(len(percent))
     axes.barh(rows, list(percent.values()), color=TRAIN_COLOR, height=0.7)
     axes.set_yticks(rows, [plain(name, 24) for name in percent])
-    for row, value in enumerate(percent.values()):  # at the bar's foot, clear of the mean's line
-        axes.text(1, row, f"{value:.1f}", va="center", color="white" if value > 12 else "black")
+    for row, value in enumerate(percent.values()):  # at a bar's foot, clear of the mean's line
+        where, color = (1, "white") if value > 12 else (value + 1, "black")
+        axes.text(where, row, f"{value:.1f}", va="center", color=color)
     axes.axvline(mean, color=TEST_COLOR, label=f"mean {mean:.1f} %")
     axes.set_xlim(0, 100)
     axes.invert_yaxis()

@@ -12,6 +12,7 @@ settings reach 57, 67 and 70 % on a JPEG copy of CIFAR-10, in 17, 21 and 48 minu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -133,7 +134,10 @@ class RowRNN(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of sequences `(B, H, C * W)`."""
-        outputs, _ = self.recurrent(rows)  # (B, H, hidden_size)
+        # cuDNN would compute in float16 under CUDA's autocast, without scaling the loss.
+        on_gpu = rows.device.type == "cuda"
+        with torch.autocast("cuda", enabled=False) if on_gpu else contextlib.nullcontext():
+            outputs, _ = self.recurrent(rows)  # (B, H, hidden_size)
         return self.mlp(outputs[:, -1])
 
 
@@ -333,6 +337,7 @@ def train(
         # The replay sets a learning rate, so what the checkpoint says of it must come afterwards.
         checkpoints.restore(checkpoint, model, optimizer)
     batches = Batches(splits[0], config, len(finished))
+    saver = checkpoints.Saver(config.checkpoint_seconds)
     size, device = config.batch_size, splits[0].images.device
     with progress.bar((config.epochs - len(finished)) * len(batches) * size, cell) as bar:
         for epoch in range(len(finished), config.epochs):
@@ -356,11 +361,13 @@ def train(
                 row["validation_loss"], predictions = evaluate(model, splits[1])
             row["validation_accuracy"] = functions.accuracy(predictions, splits[1].labels)
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
+            devices.synchronize(device)
             row["seconds"] = time.perf_counter() - began
+            row["checkpoint_seconds"] = saver.seconds  # of the epoch before
             step_scheduler(scheduler, row["validation_loss"])
             history.append(row)
             checkpoints.check_finite(epoch + 1, model, optimizer)
-            checkpoints.save(checkpoint, epoch + 1, model, optimizer, history, config)
+            saver.save(checkpoint, epoch + 1, model, optimizer, history, config)
             files.write_csv(run.folder / "metrics.csv", history)
             run.log({f"{cell}_{name}": value for name, value in row.items()}, epoch + 1)
             if (epoch + 1) % max(1, config.epochs // 20) == 0:

@@ -17,6 +17,8 @@ CIFAR-10 model and recipe (appendix D).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,17 +129,34 @@ def negative_cosine_similarity(p: Tensor, z: Tensor) -> Tensor:
 
 
 def make_views(
-    images: Tensor, config: Config, generator: augment.Generator, size: int | None = None
-) -> Tensor:
-    """One random view `(B, C, H, W)` in [0, 1] of each uint8 image `(B, C, H, W)`.
+    batches: Iterator[tuple[int, Tensor, augment.Generator]], config: Config, size: int | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Two random views of each image of each batch.
 
-    `generator` lives on the images' device for crops, which may have another `size` than the
-    images, and on the CPU for RandAugment.
+    Args:
+        batches: the steps' numbers, uint8 images `(b, C, H, W)` and generators, which are on the
+            images' device for crops and on the CPU for RandAugment.
+        config: the settings of the group `views`.
+        size: side of cropped views; None for that of the images.
+
+    Yields:
+        The step and its views `(2b, C, H, W)` in [0, 1], all first views, then all second views.
     """
     if config.augmentation == "crop":
-        return pretraining.crop_views(images, config, generator, size)
-    ops, negative = randaugment.draw_randaugment(len(images), config.num_ops, generator)
-    return datasets.to_float(randaugment.rand_augment(images, ops, negative, config.magnitude))
+        for step, images, generator in batches:
+            pairs = images.repeat(2, 1, 1, 1)  # (2b, C, H, W)
+            yield step, pretraining.crop_views(pairs, config, generator, size)
+        return
+    # Eight batches at a time: each op of RandAugment then works on one large slice, not on eight.
+    while group := list(itertools.islice(batches, 8)):
+        steps, parts, generators = zip(*group, strict=True)
+        count = 2 * len(parts[0])
+        drawn = [randaugment.draw_randaugment(count, config.num_ops, g) for g in generators]
+        ops, negative = map(torch.cat, zip(*drawn, strict=True))
+        many = torch.cat([part.repeat(2, 1, 1, 1) for part in parts])  # (8 * 2b, C, H, W)
+        views = randaugment.rand_augment(many, ops, negative, config.magnitude)
+        for step, pairs in zip(steps, views.split(count), strict=True):
+            yield step, datasets.to_float(pairs)
 
 
 def make_optimizer(model: SimSiam, config: Config) -> torch.optim.Optimizer:
@@ -168,13 +187,13 @@ def pretrain(
     training = pretraining.Pretraining(
         model, optimizer, data.train, config, run, fabric, monitor, collapse_loss=-0.99
     )
-    network, stepper = fabric.setup(model, optimizer)
+    compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
+    network, stepper = fabric.setup(compiled(model), optimizer)
     on_host = config.augmentation == "randaugment"
     for epoch in training.epochs():
-        for step, images, generator in training.batches(epoch, on_host):
+        batches = training.batches(epoch, on_host)
+        for step, views in make_views(batches, config, config.view_side(epoch)):
             optimizer.param_groups[0]["lr"] = training.rate(peak, step)  # the predictor keeps it
-            pairs = images.repeat(2, 1, 1, 1)  # (2b, C, H, W), first views, then second views
-            views = make_views(pairs, config, generator, config.view_side(epoch))
             views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
             # The paper's model sees one view at a time, ours both: half as many BatchNorm passes.
             z, p = network(*(views.chunk(2) if config.head == "paper" else (views,)))  # (2b, D)

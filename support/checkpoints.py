@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,30 @@ def save(
         except RuntimeError as error:  # torch reports a full disk so
             raise OSError(str(error).splitlines()[0]) from error
         _append_checksum(temporary)
+
+
+class Saver:
+    """Saves a checkpoint when `interval` seconds have passed since the last one, and at the end."""
+
+    def __init__(self, interval: float):
+        self.interval, self.last = interval, time.monotonic()
+        self.seconds = 0.0  # that the last call took
+
+    def save(
+        self,
+        path: Path,
+        epoch: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        history: list[dict[str, Any]],
+        config: Any,
+    ) -> None:
+        """As the function `save`, if it is due."""
+        began = time.monotonic()
+        if epoch == config.epochs or began - self.last >= self.interval:
+            save(path, epoch, model, optimizer, history, config)
+            self.last = time.monotonic()
+        self.seconds = time.monotonic() - began
 
 
 # torch.load does not notice every changed byte, so the SHA-256 of the archive is kept as its

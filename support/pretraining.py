@@ -260,8 +260,8 @@ class Pretraining:
                 ...
                 training.record(loss, z)
 
-    After each epoch: `checkpoint.pt`, then a row of `metrics.csv`. With `config.resume` the epochs
-    are those that the folder's checkpoint leaves.
+    After each epoch: a row of `metrics.csv`, and `checkpoint.pt` if it is due. With `config.resume`
+    the epochs are those that the folder's checkpoint leaves; newer rows are made again.
 
     Args:
         model: with an attribute `encoder`, on the device to compute on.
@@ -292,6 +292,7 @@ class Pretraining:
         self.steps = len(train) // config.batch_size  # a smaller last batch is left out
         self.history: list[dict[str, Any]] = []
         self._collapsed = False
+        self._saver = checkpoints.Saver(config.checkpoint_seconds)
         checkpoint = run.folder / "checkpoint.pt"
         if config.resume is not None and checkpoint.exists():
             _, self.history = checkpoints.restore(checkpoint, model, optimizer)
@@ -320,6 +321,7 @@ class Pretraining:
                 self.model.train()
                 yield epoch
                 self._estimate.stop()
+                devices.synchronize(self.fabric.device)
                 self._finish_epoch(epoch, time.perf_counter() - began)
 
     def batches(
@@ -373,7 +375,12 @@ class Pretraining:
         row = {"epoch": done, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row["seconds"] = seconds
         row["images_per_second"] = self.steps * config.batch_size / seconds
+        began = time.perf_counter()
         row |= self.monitor.measure(self.model.encoder, z, done, done == config.epochs)
+        row["measure_seconds"] = time.perf_counter() - began
+        row["checkpoint_seconds"] = (
+            self._saver.seconds
+        )  # of the epoch before; this one is not yet saved
         self.history.append(row)
         state = (done, self.model, self.optimizer, self.history, config)
         folder = self.run.folder
@@ -381,7 +388,7 @@ class Pretraining:
             # First: a run killed after checkpoint.pt would never come back to this epoch.
             (folder / "checkpoints").mkdir(exist_ok=True)
             checkpoints.save(folder / "checkpoints" / f"epoch{done}.pt", *state)
-        checkpoints.save(folder / "checkpoint.pt", *state)
+        self._saver.save(folder / "checkpoint.pt", *state)
         files.write_csv(folder / "metrics.csv", self.history)
         self.run.log(row, done)
         self._warn_of_collapse(row, z.shape[1])
@@ -496,7 +503,8 @@ def run_experiment(
             )
         if fabric.world_size > 1:
             fabric = devices.make_fabric(config.device, config.precision)
-        seconds = sum(row["seconds"] for row in history)
+        names = ("seconds", "measure_seconds", "checkpoint_seconds")
+        seconds = sum(row.get(name, 0) for row in history for name in names)
         values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
         summary = run.summarize(values, config.epochs)
         for name, stage in stages.items():

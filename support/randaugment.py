@@ -64,9 +64,11 @@ def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, magnitude: int =
     """
     sizes = [column.bincount(minlength=len(RANDAUGMENT_OPS)).tolist() for column in ops.unbind(1)]
     order = ops.argsort(0)  # (B, num_ops)
-    back = order.argsort(0).to(images.device)
-    negative = negative.gather(0, order).to(images.device)
-    order = order.to(images.device)
+    places = torch.stack((order, order.argsort(0), negative.gather(0, order).long()))
+    if images.device.type == "cuda":  # one copy that nobody waits for
+        places = places.pin_memory()
+    order, back, flipped = places.to(images.device, non_blocking=True)
+    negative = flipped.bool()
     for step, size in enumerate(sizes):
         # index_select copies rows; images[order] copies bytes and takes ten times as long
         images = images.index_select(0, order[:, step])

@@ -207,8 +207,11 @@ def _reopen(
                 f"{folder} was started with {settings.flag(name)} {getattr(saved, name)}, not "
                 f"{value}: leave the flag out, or start a new run"
             )
+    same = record.get("data") == fingerprint
+    if fingerprint is None or record.get("data") is None:  # older folders know the name only
+        same = saved.dataset == config.dataset
     require(
-        None in (fingerprint, record.get("data")) or record["data"] == fingerprint,
+        same,
         f"{folder} was trained on other images than those in {config.dataset} now",
     )
     changed = [

@@ -25,10 +25,10 @@ def setting(default: Any, group: str, text: str, before: Any = _MISSING) -> Any:
     `before` is the value that means what the scripts did when they had no such setting; run folders
     from then take it. Without it that is the default.
     """
-    before = default if before is _MISSING else before
-    return dataclasses.field(
-        default=default, metadata={"group": group, "help": text, "before": before}
-    )
+    metadata = {"group": group, "help": text}
+    if before is not _MISSING:
+        metadata["before"] = before
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class RunConfig:
         own = inspect.get_annotations(cls)
         for name, default in defaults.items():
             own[name] = hints[name]
-            text = inherited[name].metadata
-            setattr(cls, name, setting(default, text["group"], text["help"]))
+            metadata = inherited[name].metadata
+            setattr(cls, name, dataclasses.field(default=default, metadata=metadata))
         cls.__annotations__ = own
 
     def __post_init__(self) -> None:
@@ -109,6 +109,9 @@ class TrainingConfig(RunConfig):
     batch_size: int = setting(256, "training", "images per step")
     learning_rate: float = setting(1e-3, "training", "peak learning rate")
     weight_decay: float = setting(0.0, "training", "weight decay")
+    checkpoint_seconds: float = setting(
+        30.0, "run", "least time between two checkpoints; the last epoch has one in any case", 0.0
+    )
 
     def __post_init__(self) -> None:
         """Check ranges that hold for every training."""
@@ -123,13 +126,17 @@ class TrainingConfig(RunConfig):
             0 <= self.weight_decay < math.inf,
             f"--weight-decay must not be negative, not {self.weight_decay}",
         )
+        require(
+            0 <= self.checkpoint_seconds < math.inf,
+            f"--checkpoint-seconds must not be negative, not {self.checkpoint_seconds}",
+        )
 
 
 # Settings that say where a run computes and what it does next, not what it is: they may differ
 # from the saved ones when a run is resumed. Of the data set the pixels count, not the spelling.
 FREE_ON_RESUME = frozenset(
     {"dataset", "data_dir", "download_url", "output_dir", "name", "resume", "device", "logger"}
-    | {"devices", "compile"}
+    | {"devices", "compile", "checkpoint_seconds"}
 )
 
 
@@ -235,7 +242,7 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
     for field in dataclasses.fields(config_class):
         value = saved.get(field.name)
         if field.name not in saved:
-            value = field.metadata["before"]
+            value = value_before(field)
             lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
     if values["precision"] == "auto":  # older versions recorded their choice beside it
@@ -249,6 +256,11 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
         return config_class(**values)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def value_before(field: dataclasses.Field) -> Any:
+    """The value of a setting that means what the scripts did before they had it."""
+    return field.metadata.get("before", field.default)
 
 
 def has_type(value: Any, hint: Any) -> bool:

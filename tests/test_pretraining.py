@@ -19,7 +19,7 @@ from support import settings as flags
 from support.errors import Diverged, UserError
 
 OFF = {f"{name}_probability": 0.0 for name in ("flip", "jitter", "grayscale", "blur")}
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "measure_seconds", "checkpoint_seconds"}
 
 
 def compute_in_float64(monkeypatch):
@@ -157,7 +157,12 @@ def test_crop_only_leaves_the_colours():
 
 @dataclass(frozen=True)
 class Config(
-    pretraining.PretrainingConfig, stages="pretrain", encoder="small", epochs=3, batch_size=8
+    pretraining.PretrainingConfig,
+    stages="pretrain",
+    encoder="small",
+    epochs=3,
+    batch_size=8,
+    checkpoint_seconds=0.0,
 ):
     """A script's settings, as small as they get."""
 
@@ -217,6 +222,22 @@ def test_view_sizes_share_the_epochs(sizes, epochs, sides):
     assert [config.view_side(epoch) for epoch in range(epochs)] == sides
 
 
+@pytest.mark.parametrize(
+    ("choice", "steps", "device", "compiled"),
+    [
+        ("auto", 10**6, "cpu", False),
+        ("auto", 10, "cuda", False),
+        ("auto", 10**6, "cuda", True),
+        ("on", 10, "cpu", True),
+        ("off", 10**6, "cuda", False),
+    ],
+)
+def test_auto_compiles_long_trainings_on_cuda(monkeypatch, choice, steps, device, compiled):
+    monkeypatch.setattr(torch, "compile", lambda part, **options: ("compiled", part))
+    made = pretraining.choose_compiler(Config(compile=choice), steps, torch.device(device))(abs)
+    assert made == (("compiled", abs) if compiled else abs)
+
+
 # ------------------------------------------------------------------------------- the epochs
 
 
@@ -255,7 +276,7 @@ def make_data(count=28, labels=True, name="noise"):
 
 def make_config(folder, **changes):
     changes = {"output_dir": str(folder), "name": "run", "device": "cpu", **changes}
-    return Config(**{"precision": "float32", **changes})
+    return Config(**{"precision": "float32", "checkpoint_seconds": 0.0, **changes})
 
 
 def make_training(folder, model=None, config=None, fabric=None, log=None, **rest):
@@ -639,7 +660,9 @@ def test_stages_add_to_the_summary_in_their_order(tmp_path):
     assert summary == json.loads((folder / "summary.json").read_text())
     rows = state_of(folder)["history"]
     assert summary["final_loss"] == rows[-1]["loss"] != rows[0]["loss"]
-    assert summary["pretrain_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    times = ("seconds", "measure_seconds", "checkpoint_seconds")
+    spent = sum(row[name] for row in rows for name in times)
+    assert summary["pretrain_seconds"] == pytest.approx(spent)
     spent = [summary[f"{name}_seconds"] for name in ("pretrain", "first", "second")]
     assert summary["seconds"] == pytest.approx(sum(spent))
 

@@ -211,7 +211,7 @@ def test_a_result_is_run_again_with_its_settings(path, tmp_path, monkeypatch):
     assert_same_settings(config, committed)
     for field in dataclasses.fields(config_class):  # which later versions brought
         if field.name not in committed:
-            assert getattr(config, field.name) == field.metadata["before"]
+            assert getattr(config, field.name) == settings.value_before(field)
     # Whatever else was a setting then must mean what the script does now.
     known = {field.name for field in dataclasses.fields(config_class)} | compare.NOT_COMPARED
     others = {key: committed[key] for key in committed.keys() - known - {"computed_in"}}

@@ -31,6 +31,7 @@ def small_config(folder: Path, **changes) -> rnn.Config:
         "name": "run",
         "device": "cpu",
         "precision": "float32",
+        "checkpoint_seconds": 0.0,
     }
     return rnn.Config(**{**settings, **changes})
 
@@ -56,7 +57,7 @@ def normalized_rows(images: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
 
 def metrics(folder: Path) -> list[dict[str, str]]:
     rows = csv.DictReader((folder / "metrics.csv").open())
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
 
 
 def weights_hash(folder: Path) -> str:

@@ -30,6 +30,7 @@ ARTIFACTS = (
 
 def small_config(**changes):
     values = {"epochs": 2, "batch_size": 8, "knn_every": 0, "device": "cpu"}
+    values["checkpoint_seconds"] = 0.0  # after every epoch
     return simsiam.Config(**{**values, "keep_every": 0, "precision": "float32", **changes})
 
 
@@ -151,28 +152,45 @@ def test_the_papers_head(count, encoder, features):
 # ------------------------------------------------------------------------------------ views
 
 
+def two_views(images, config, generator, size=None):
+    """What `simsiam.make_views` makes of a single batch."""
+    ((step, views),) = simsiam.make_views(iter([(7, images, generator)]), config, size)
+    assert step == 7
+    return views
+
+
 def test_crop_views_are_the_shared_ones():
     images = noise(6, 16)
     config = simsiam.Config(augmentation="crop", blur_probability=0.5)
-    views = simsiam.make_views(images, config, seeded(1))
-    assert torch.equal(views, pretraining.crop_views(images, config, seeded(1)))
-    assert simsiam.make_views(images, config, seeded(1), 8).shape == (6, 3, 8, 8)
+    expected = pretraining.crop_views(images.repeat(2, 1, 1, 1), config, seeded(1))
+    assert torch.equal(two_views(images, config, seeded(1)), expected)
+    assert two_views(images, config, seeded(1), 8).shape == (12, 3, 8, 8)
 
 
 @pytest.mark.parametrize(("num_ops", "magnitude"), [(5, 9), (2, 24)])
 def test_randaugment_views_are_torchvisions(num_ops, magnitude):
     images = noise(40, 12)[:, :1]
     config = simsiam.Config(num_ops=num_ops, magnitude=magnitude)
-    views = simsiam.make_views(images, config, seeded(1))
-    draws = randaugment.draw_randaugment(40, num_ops, seeded(1))
-    assert torch.equal(views, naive_chains(images, *draws, magnitude) / 255)
+    draws = randaugment.draw_randaugment(80, num_ops, seeded(1))
+    expected = naive_chains(images.repeat(2, 1, 1, 1), *draws, magnitude) / 255
+    assert torch.equal(two_views(images, config, seeded(1)), expected)
+
+
+def test_randaugment_of_several_batches_at_a_time_is_that_of_each():
+    config, generator = simsiam.Config(), seeded(1)
+    batches = [(step, noise(5, 8)[:, :1], generator) for step in range(11)]
+    together = list(simsiam.make_views(iter(batches), config, None))
+    assert [step for step, _ in together] == list(range(11))
+    again = seeded(1)
+    for (_, images, _), (_, views) in zip(batches, together, strict=True):
+        assert torch.equal(views, two_views(images, config, again))
 
 
 @pytest.mark.parametrize("augmentation", ["randaugment", "crop"])
 def test_no_two_images_or_views_share_a_draw(augmentation):
     # Known mistake of public versions: `RandAugment` on a batch drew once for all its images.
-    pairs = noise(1, 16)[:, :1].repeat(2 * 32, 1, 1, 1)
-    views = simsiam.make_views(pairs, simsiam.Config(augmentation=augmentation), seeded(1))
+    images = noise(1, 16)[:, :1].repeat(32, 1, 1, 1)
+    views = two_views(images, simsiam.Config(augmentation=augmentation), seeded(1))
     assert len(views.flatten(1).unique(dim=0)) > 56  # a few chains may do nothing
 
 
@@ -223,7 +241,7 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, head, schedu
         generator = devices.epoch_generator(7, epoch, stream=stream)
         for step in range(3):
             images = data.train.images[order[8 * step : 8 * step + 8]]
-            views = simsiam.make_views(torch.cat([images, images]), config, generator)
+            views = two_views(images, config, generator)
             x1, x2 = ((views - mean[:, None, None]) / std[:, None, None]).chunk(2)
             if head == "paper":
                 z1, z2 = (naive.projector(naive.encoder(x)) for x in (x1, x2))

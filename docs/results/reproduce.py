@@ -15,6 +15,9 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent.parent
 sys.path.insert(0, str(ROOT))
+
+from support.settings import value_before  # noqa: E402
+
 # These say where the result lies, and which file other settings came from, and nothing else of it.
 LEFT_OUT = ("name", "output_dir", "data_dir", "resume", "config")
 
@@ -32,7 +35,7 @@ def flags(settings: dict, config_class: type) -> list[str]:
         settings["precision"] = precisions[settings["computed_in"]]
     made = []
     for field in dataclasses.fields(config_class):
-        value = settings.get(field.name, field.metadata["before"])
+        value = settings.get(field.name, value_before(field))
         value = tuple(value) if isinstance(value, list) else value
         if value == field.default or field.name in LEFT_OUT:
             continue

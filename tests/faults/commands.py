@@ -23,9 +23,31 @@ REPOSITORY = Path(functions.__file__).resolve().parent
 
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
 STUDY = ["--labels", "20", "--label-seeds", "2", "--label-steps", "5"]
-PRETRAINING = [*DIGITS, "--encoder", "small", "--epochs", "5", "--batch-size", "128"]
+PRETRAINING = [
+    *DIGITS,
+    "--checkpoint-seconds",
+    "0",
+    "--encoder",
+    "small",
+    "--epochs",
+    "5",
+    "--batch-size",
+    "128",
+]
 PRETRAINING += ["--knn-every", "2", "--keep-every", "2", "--probe-epochs", "3", *STUDY]
-RECURRENT = [*DIGITS, "--cells", "rnn,gru", "--hidden-size", "16", "--l2", "8", "--l3", "8"]
+RECURRENT = [
+    *DIGITS,
+    "--checkpoint-seconds",
+    "0",
+    "--cells",
+    "rnn,gru",
+    "--hidden-size",
+    "16",
+    "--l2",
+    "8",
+    "--l3",
+    "8",
+]
 CONTRASTIVE = [*PRETRAINING, "--projection-hidden", "32", "--projection-size", "16"]
 FLAGS = {
     "rnn": [*RECURRENT, "--epochs", "6", "--patience", "1"],
@@ -193,6 +215,10 @@ def command_to_go_on(errors: str) -> list[str]:
     return shlex.split(line[line.index("Continue with: python ") :])[3:]
 
 
+# Columns that no two runs share.
+TIMES = ("seconds", "images_per_second", "measure_seconds", "checkpoint_seconds")
+
+
 def table(path: Path, *without: str) -> list[dict[str, str]]:
     """A csv file's rows, each of them whole, without some columns."""
     with path.open(newline="") as file:
@@ -221,7 +247,7 @@ def result(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.safetensors")):
         found[path.name] = digest(path.read_bytes())
     for path in sorted(folder.glob("*.csv")):
-        found[path.name] = table(path, "seconds", "images_per_second")
+        found[path.name] = table(path, *TIMES)
     summary = json.loads((folder / "summary.json").read_text())
     found["summary"] = {k: v for k, v in summary.items() if not k.endswith("seconds")}
     for path in sorted(folder.glob("*.npz")):

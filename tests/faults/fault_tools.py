@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import table
+from commands import TIMES, table
 
 from support import checkpoints
 from support.errors import UserError
@@ -106,7 +106,7 @@ def digest(value: Any) -> str:
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a table without the columns of time."""
-    return table(path, "seconds", "images_per_second")
+    return table(path, *TIMES)
 
 
 def result_of(folder: Path) -> list[Any]:

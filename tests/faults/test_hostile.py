@@ -8,7 +8,7 @@ equals the original, with two exceptions:
 - JPEG, BMP, GIF, TIFF and WebP have no checksum of their pixels: an image is harmless if it is
   refused or decoded to its right shape. PNG has one, so a PNG must come out equal or be refused.
 
-Study files are in test_sweep.py.
+Study files are in test_killed_sweep.py.
 """
 
 import contextlib

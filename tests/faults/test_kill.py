@@ -166,7 +166,7 @@ def test_killed_before_its_config_a_named_run_starts_anew(commands):
 def test_stopped_by_a_signal_it_says_how_to_go_on_and_ends_alike(commands, references, script):
     limit = float(os.environ.get("FAULT_SECONDS", "5"))
     draw, whole = random.Random(f"stop {SEED} {script}"), references(script)
-    wrong, stopped, first = [], 0, SCRIPTS.index(script)
+    wrong, sent, stopped, first = [], 0, 0, SCRIPTS.index(script)
     for turn in range(share(STOPS, script)):
         number = list(SIGNALS)[(first + turn) % len(SIGNALS)]
         name, delay = f"run{turn}", draw.uniform(0, whole.seconds)
@@ -174,6 +174,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on_and_ends_alike(commands, refer
         command = commands.start(arguments(commands, script, name))
         command.wait_for("ready")
         running, began = command.runs_for(delay), time.monotonic()
+        sent += running
         if running and number == signal.SIGINT:  # the terminal sends it to the whole group
             os.killpg(command.process.pid, number)
         elif running:
@@ -197,9 +198,9 @@ def test_stopped_by_a_signal_it_says_how_to_go_on_and_ends_alike(commands, refer
             wrong.append(f"{what}, resumed: exit code {code}, {errors}")
         elif other := differences(result(folder), whole.result):
             wrong.append(f"{what}, resumed: differs in {', '.join(other)}")
-    print(f"{script}: {stopped} of {share(STOPS, script)} were stopped")
+    print(f"{script}: {stopped} of {sent} signals stopped a run")
     assert not wrong
-    assert stopped >= share(STOPS, script) // 2
+    assert stopped > sent // 2
 
 
 def test_two_runs_without_a_name_get_folders_of_their_own(commands, tmp_path):

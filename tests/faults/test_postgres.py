@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 from commands import Commands
-from test_sweep import FLAGS, SCRIPT, Sweep, error_line, problems_of
+from test_killed_sweep import FLAGS, SCRIPT, TRAINING, Sweep, error_line, problems_of
 
 pytestmark = pytest.mark.slow
 
@@ -77,12 +77,12 @@ def commands(tmp_path):
     made.close()
 
 
-def running_trials(port: int) -> set[int]:
-    """The database's numbers of all trials that run."""
+def trained_trials(port: int) -> set[int]:
+    """The database's numbers of all trials that are trained."""
     import psycopg
 
     with psycopg.connect(url(port).replace("+psycopg", "")) as database:
-        rows = database.execute("SELECT trial_id FROM trials WHERE state = 'RUNNING'").fetchall()
+        rows = database.execute(TRAINING).fetchall()
     return {number for (number,) in rows}
 
 
@@ -101,12 +101,12 @@ def stop_in_a_trial(port: int, process: subprocess.Popen) -> int:
     until = time.monotonic() + 300
     while time.monotonic() < until:
         os.kill(process.pid, signal.SIGSTOP)
-        left = running_trials(port)
+        left = trained_trials(port)
         while len(left) > 1 and time.monotonic() < until:
             time.sleep(0.2)
-            left &= running_trials(port)
+            left &= trained_trials(port)
         time.sleep(5)  # the last one may be another machine's
-        if left := left & running_trials(port):
+        if left := left & trained_trials(port):
             return left.pop()
         os.kill(process.pid, signal.SIGCONT)
         time.sleep(0.3)

@@ -15,6 +15,7 @@ import optuna
 import pytest
 from commands import Command, Commands, last_words, table
 
+from rnn_hyperparameter_tune import SPACE
 from support.sweep import is_finished
 
 pytestmark = pytest.mark.slow
@@ -220,14 +221,20 @@ def test_another_machine_takes_over_the_trial_of_a_killed_one(commands):
     assert any("retry_of" in trial.user_attrs for trial in study.get_trials())
 
 
+# The trials whose parameters are all drawn, so that a retry has something to repeat.
+TRAINING = f"""
+    SELECT trial_id FROM trials JOIN trial_params USING (trial_id) WHERE state = 'RUNNING'
+    GROUP BY trial_id HAVING count(*) = {len(SPACE)}
+"""
+
+
 def turn_back_the_clocks(path: Path) -> bool:
-    """Whether a trial runs, and the file could be written: a stopped process may hold its lock."""
+    """Whether a trial is trained, and no stopped process holds the lock of the file."""
     with (
         contextlib.suppress(sqlite3.OperationalError),
         contextlib.closing(sqlite3.connect(path, timeout=1)) as database,
     ):
-        running = database.execute("SELECT count(*) FROM trials WHERE state = 'RUNNING'")
-        if running.fetchone() == (1,):
+        if database.execute(TRAINING).fetchall():
             database.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
             database.commit()
             return True
