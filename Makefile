@@ -41,7 +41,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy *.py support
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

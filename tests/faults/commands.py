@@ -23,31 +23,10 @@ REPOSITORY = Path(functions.__file__).resolve().parent
 
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
 STUDY = ["--labels", "20", "--label-seeds", "2", "--label-steps", "5"]
-PRETRAINING = [
-    *DIGITS,
-    "--checkpoint-seconds",
-    "0",
-    "--encoder",
-    "small",
-    "--epochs",
-    "5",
-    "--batch-size",
-    "128",
-]
+DIGITS += ["--checkpoint-seconds", "0"]  # after each epoch
+PRETRAINING = [*DIGITS, "--encoder", "small", "--epochs", "5", "--batch-size", "128"]
 PRETRAINING += ["--knn-every", "2", "--keep-every", "2", "--probe-epochs", "3", *STUDY]
-RECURRENT = [
-    *DIGITS,
-    "--checkpoint-seconds",
-    "0",
-    "--cells",
-    "rnn,gru",
-    "--hidden-size",
-    "16",
-    "--l2",
-    "8",
-    "--l3",
-    "8",
-]
+RECURRENT = [*DIGITS, "--cells", "rnn,gru", "--hidden-size", "16", "--l2", "8", "--l3", "8"]
 CONTRASTIVE = [*PRETRAINING, "--projection-hidden", "32", "--projection-size", "16"]
 FLAGS = {
     "rnn": [*RECURRENT, "--epochs", "6", "--patience", "1"],
@@ -228,6 +207,11 @@ def table(path: Path, *without: str) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k not in without} for row in rows]
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """A csv file's rows without the columns of times."""
+    return table(path, *TIMES)
+
+
 def arrays(path: Path) -> dict[str, str]:
     """The digest of each array of an npz file."""
     with np.load(path, allow_pickle=False) as file:
@@ -247,7 +231,7 @@ def result(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.safetensors")):
         found[path.name] = digest(path.read_bytes())
     for path in sorted(folder.glob("*.csv")):
-        found[path.name] = table(path, *TIMES)
+        found[path.name] = rows_of(path)
     summary = json.loads((folder / "summary.json").read_text())
     found["summary"] = {k: v for k, v in summary.items() if not k.endswith("seconds")}
     for path in sorted(folder.glob("*.npz")):

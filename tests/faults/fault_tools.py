@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import TIMES, table
+from commands import rows_of
 
 from support import checkpoints
 from support.errors import UserError
@@ -102,11 +102,6 @@ def digest(value: Any) -> str:
 
     add(value)
     return total.hexdigest()
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a table without the columns of time."""
-    return table(path, *TIMES)
 
 
 def result_of(folder: Path) -> list[Any]:

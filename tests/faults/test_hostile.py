@@ -38,8 +38,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import REPOSITORY, last_words
-from fault_tools import COUNT, digest, forked, mutate, mutate_json, rows_of
+from commands import REPOSITORY, last_words, rows_of
+from fault_tools import COUNT, digest, forked, mutate, mutate_json
 from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -80,6 +80,7 @@ def small_config(folder):
         labels="4,8",
         label_seeds=2,
         label_steps=2,
+        checkpoint_seconds=0.0,
         device="cpu",
         output_dir=str(folder),
         name="run",

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import REPOSITORY, last_words
-from fault_tools import digest, result_of, rows_of
+from commands import REPOSITORY, last_words, rows_of
+from fault_tools import digest, result_of
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -60,9 +60,10 @@ class Poison(torch.autograd.Function):
 PRETRAINING = {"dataset": "digits", "encoder": "small", "epochs": 3, "batch_size": 256}
 PRETRAINING |= {"knn_every": 0, "probe_epochs": 3, "few_labels": 0, "device": "cpu"}
 PRETRAINING |= {"labels": "100", "label_seeds": 2, "label_steps": 4, "name": "run"}
+PRETRAINING |= {"checkpoint_seconds": 0.0}
 STEPS = 5  # of an epoch of 1,437 images
 ROWS = {"dataset": "digits", "cells": "gru", "hidden_size": 8, "batch_size": 256, "epochs": 3}
-ROWS |= {"device": "cpu", "name": "run"}
+ROWS |= {"device": "cpu", "name": "run", "checkpoint_seconds": 0.0}
 
 
 def pretraining(module, stage, where, **changes):

@@ -316,6 +316,7 @@ def settings_in(folder):
         stages="pretrain",
         knn_every=0,
         keep_every=2,
+        checkpoint_seconds=0.0,
         device="cpu",
         output_dir=str(folder),
         name="run",
