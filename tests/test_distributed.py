@@ -234,6 +234,7 @@ def test_sharded_views_are_those_of_one_process():
 COMMAND = (
     *("simclr.py", "--dataset", "digits", "--encoder", "small", "--batch-size", "256"),
     *("--stages", "pretrain", "--knn-every", "2", "--devices", "2", "--device", "cpu"),
+    *("--checkpoint-seconds", "0"),  # after every epoch
 )
 
 
