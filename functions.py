@@ -667,6 +667,7 @@ def plain(text: str, longest: int = 200) -> str:
 
     It would take `$` for the start of a formula, and leave out of a legend what begins with `_`.
     """
+    text = text.encode(errors="replace").decode()  # half a surrogate pair has no glyph
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 

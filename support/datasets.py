@@ -14,7 +14,7 @@ import stat
 import tempfile
 import typing
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from support import files
 from support.errors import UserError, require
 
 
@@ -156,23 +157,11 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Let other processes that download into a folder wait, where the system can lock files."""
-    try:
-        import fcntl
-
+def alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Let other processes that download into a folder wait."""
+    with contextlib.suppress(OSError):  # what cannot be written is said later
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows; what cannot be written is said later
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+    return files.locked(folder, wait=True)
 
 
 def fetch(path: Path, official: str, url: str | None, md5: str) -> None:

@@ -33,7 +33,7 @@ from support import (
     runs,
     settings,
 )
-from support.errors import require
+from support.errors import UserError, require
 from support.settings import setting
 
 
@@ -386,7 +386,7 @@ class Pretraining:
         folder = self.run.folder
         if config.keep_every and done % config.keep_every == 0:
             # First: a run killed after checkpoint.pt would never come back to this epoch.
-            (folder / "checkpoints").mkdir(exist_ok=True)
+            files.make_folder(folder / "checkpoints")
             checkpoints.save(folder / "checkpoints" / f"epoch{done}.pt", *state)
         self._saver.save(folder / "checkpoint.pt", *state)
         files.write_csv(folder / "metrics.csv", self.history)
@@ -518,7 +518,11 @@ def run_experiment(
             values[f"{name}_seconds"] = time.perf_counter() - began
             summary = run.summarize(values, config.epochs)
             (run.folder / f"{name}_checkpoint.pt").unlink(missing_ok=True)
-        report(summary, run.folder)
+        try:
+            report(summary, run.folder)
+        except (LookupError, TypeError, ValueError) as error:
+            path = run.folder / "summary.json"
+            raise UserError(f"{path} is damaged: {error!r}") from error
     return summary
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.util
 import math
 import os
@@ -172,12 +171,12 @@ def open_run(
     with contextlib.ExitStack() as stack:
         if config.resume is None:
             folder = _new_folder(Path(config.output_dir) / config.SCRIPT, config)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(files.locked(folder, wait=False))
             record = {"script": config.SCRIPT, **dataclasses.asdict(config)}
             record |= {"data": fingerprint, **session, "resumed": []}
         else:
             folder = Path(config.resume)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(files.locked(folder, wait=False))
             record = _reopen(folder, config, fingerprint, free, session)
         for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
             left_behind.unlink(missing_ok=True)
@@ -230,27 +229,6 @@ def _script_path(config: Any) -> str:
     path = Path(sys.modules[type(config).__module__].__file__).resolve()
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:  # others: a file system without locks
-            os.close(descriptor)
-            raise UserError(f"{folder} is in use by another process") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _new_folder(parent: Path, config: Any) -> Path:
