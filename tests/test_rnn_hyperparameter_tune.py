@@ -1,7 +1,6 @@
-import contextlib
-
 """The sweep of rnn.py: its space, its trials under Lightning, its results."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
