@@ -1,10 +1,20 @@
 import contextlib
 import resource
+import signal
 
 import pytest
 import torch
 
 from support.errors import UserError
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c():
+    """Let Ctrl-C reach the processes that tests start.
+
+    A shell that starts the tests in the background has it ignored, and children inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
