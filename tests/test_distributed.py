@@ -119,6 +119,9 @@ def worker(folder):
     results["stopped"] = stopped.flatten().tolist()
     if rank == 0:
         torch.save(results, folder / "result.pt")
+    if world > 1:  # gloo's threads may abort a process that ends before the others are done
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def start_workers(world, folder):
