@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import datasets, devices, files, page, progress, runs
+from support import datasets, devices, files, folders, page, progress, runs
 from support.errors import Diverged, UserError, require
 
 # ----------------------------------------------------------------------------------- loaders
@@ -73,7 +73,7 @@ def load_images(
     # os.path's tests, unlike pathlib's, take any string
     require(os.path.exists(folder), f"unknown data set or missing folder {folder!r}; use {known}")
     require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
-    return _load_folder(Path(folder), Path(data_dir), image_size).measured()
+    return folders.load_folder(Path(folder), Path(data_dir), image_size).measured()
 
 
 def _load_digits() -> datasets.ImageData:
@@ -83,7 +83,7 @@ def _load_digits() -> datasets.ImageData:
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
     everything = datasets.Split(images, torch.from_numpy(digits.target.astype(np.int64)))
-    train, test = hold_out(everything, 0.2)
+    train, test = datasets.hold_out(everything, 0.2)
     return datasets.ImageData("digits", tuple(map(str, range(10))), train, test)
 
 
@@ -138,96 +138,6 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> datasets.ImageData:
         datasets.Split(arrays[0][:, None], arrays[1].long()),
         datasets.Split(arrays[2][:, None], arrays[3].long()),
     )
-
-
-def hold_out(
-    split: datasets.Split, fraction: float, seed: int = 0
-) -> tuple[datasets.Split, datasets.Split]:
-    """Split off a fraction, stratified by label: `(rest, held_out)`, two separate objects.
-
-    The seed is the split's own: runs with different seeds share the split.
-
-    Raises:
-        UserError: a class is too small to be in both parts.
-    """
-    from sklearn.model_selection import train_test_split
-
-    labels = None if split.labels is None else split.labels.cpu().numpy()
-    try:
-        parts = train_test_split(
-            np.arange(len(split)), test_size=fraction, random_state=seed, stratify=labels
-        )
-    except ValueError as error:
-        raise UserError(
-            f"too few images to split: each class needs one at least on both sides of a share of "
-            f"{fraction:.4g}"
-        ) from error
-    rest, held_out = (torch.from_numpy(np.sort(part)) for part in parts)
-    return split.select(rest), split.select(held_out)
-
-
-def _load_folder(folder: Path, data_dir: Path, image_size: int) -> datasets.ImageData:
-    """A folder of images in one of the three layouts of `load_images`."""
-    try:
-        names = [path.name for path in datasets.subfolders(folder)]
-        # `train` may also be the name of a class: then it holds images and has neighbours.
-        is_split = "train" in names and (
-            set(names) <= {"train", "test"} or bool(datasets.subfolders(folder / "train"))
-        )
-        others = sorted(set(names) - {"train", "test"}) if is_split else []
-        require(
-            not others,
-            f"{folder} has {', '.join(others)} beside train: call the folder of test images test, "
-            "and move others away",
-        )
-        train_folder = folder / "train" if is_split else folder
-        test_folder = folder / "test" if is_split and "test" in names else None
-        classes = [p.name for p in datasets.subfolders(train_folder)]
-        loose = datasets.image_files(train_folder, recursive=False)
-        if not classes:
-            require(bool(loose), f"{train_folder} holds no images")
-            images = datasets.decode_folder(loose, train_folder, data_dir, image_size)
-            split = datasets.Split(images, None, _relative(loose, folder))
-            return datasets.ImageData(folder.resolve().name, (), split, None)
-        require(
-            not loose,
-            f"{train_folder} holds both class folders and {len(loose)} loose images such as "
-            f"{loose[0].name if loose else ''}: put each image into a class folder",
-        )
-        require(
-            len(classes) > 1,
-            f"{train_folder} has one class only ({classes[0]}): it takes two or more, or images "
-            "without a sub-folder to train without labels",
-        )
-        paths, labels = datasets.labelled_files(train_folder, classes)
-        count = len(paths)
-        if test_folder is not None:
-            names = [p.name for p in datasets.subfolders(test_folder)]
-            strange = sorted(set(names) - set(classes))
-            require(not strange, f"{test_folder} has a class that train has not: {strange[:1]}")
-            require(bool(names), f"{test_folder} has no class folders")
-            more_paths, more_labels = datasets.labelled_files(test_folder, names)
-            paths += more_paths
-            labels += [classes.index(names[label]) for label in more_labels]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    targets = torch.tensor(labels)
-    if test_folder is None:
-        # Before decoding, so that both parts are slices of the cache and not copies in memory.
-        train, test = hold_out(datasets.Split(torch.arange(count), targets), 0.2)
-        count, order = len(train), torch.cat((train.images, test.images))
-        paths, targets = [paths[i] for i in order], targets[order]
-    images = datasets.decode_folder(paths, folder, data_dir, image_size)
-    found = _relative(paths, folder)
-    train, test = (
-        datasets.Split(images[part], targets[part], found[part])
-        for part in (slice(count), slice(count, None))
-    )
-    return datasets.ImageData(folder.resolve().name, tuple(classes), train, test)
-
-
-def _relative(paths: list[Path], folder: Path) -> np.ndarray:
-    return np.array([str(path.relative_to(folder)) for path in paths])
 
 
 # -------------------------------------------------------------------------------- evaluation

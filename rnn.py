@@ -198,9 +198,9 @@ def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
         config.dataset, config.data_dir, config.image_size, config.download_url
     )
     require(bool(data.classes), f"{data.name} has no labels: a classifier needs them")
-    train, validation = functions.hold_out(data.train, 0.1, seed=0)
+    train, validation = datasets.hold_out(data.train, 0.1, seed=0)
     if config.train_fraction < 1:
-        _, train = functions.hold_out(train, config.train_fraction, seed=1)
+        _, train = datasets.hold_out(train, config.train_fraction, seed=1)
     require(
         config.batch_size <= len(train),
         f"--batch-size {config.batch_size} is larger than the training set ({len(train)} images)",

@@ -1,21 +1,15 @@
-"""Images as one uint8 tensor: what a data set is, downloads, decoding, and the cache."""
+"""Images as one uint8 tensor: what a data set is, its splits and statistics, and downloads."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import gzip
 import hashlib
-import json
 import math
 import os
-import stat
 import tempfile
-import typing
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +107,31 @@ class ImageData:
         return ", ".join(parts)
 
 
+def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
+    """Split off a fraction, stratified by label: `(rest, held_out)`, two separate objects.
+
+    The seed is the split's own: runs with different seeds share the split.
+
+    Raises:
+        UserError: a class is too small to be in both parts.
+    """
+    from sklearn.model_selection import train_test_split
+
+    labels = None if split.labels is None else split.labels.cpu().numpy()
+    try:
+        parts = train_test_split(
+            np.arange(len(split)), test_size=fraction, random_state=seed, stratify=labels
+        )
+    except ValueError as error:
+        raise UserError(
+            f"too few images to split: each class needs one at least on both sides of a share of "
+            f"{fraction:.4g}"
+        ) from error
+    rest, held_out = (torch.from_numpy(np.sort(part)) for part in parts)
+    return split.select(rest), split.select(held_out)
+
+
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-)
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-CACHE_VERSION = 1  # raise it when decoding changes
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -243,170 +256,6 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     mean, square = total / (len(images) * images[0, 0].numel())
     std = (square - mean**2).clamp(min=1e-12).sqrt()
     return mean.float().to(images.device), std.float().to(images.device)
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, but for hidden ones."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def image_files(folder: Path, recursive: bool = True) -> list[Path]:
-    """The image files below a folder, sorted; other files and hidden ones are passed over."""
-    found: list[Path] = []
-    seen = set(map(str, Path(os.path.realpath(folder)).parents))  # a link may lead back up
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
-        if os.path.realpath(parent) in seen:  # a link in a circle
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        found += [
-            Path(parent, name)
-            for name in sorted(names)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-    return found
-
-
-def labelled_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The image files in the class folders below a folder, and the positions of their classes."""
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = image_files(folder / name)
-        require(bool(found), f"the class folder {folder / name} holds no images")
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels
-
-
-def decode_image(path: str | Path, size: int) -> np.ndarray:
-    """Decode an image file of any mode and size to `(3, size, size)`, uint8 RGB.
-
-    EXIF rotation is applied, transparency is put on white, 16-bit values are scaled to 8 bits, the
-    shorter side is resized to `size` (bicubic, antialiased) and the centre is cropped.
-
-    Raises:
-        OSError or another error of Pillow's: the file is no image, truncated or far too large.
-    """
-    from PIL import Image, ImageOps
-
-    # By its name alone an image could be PostScript, which Pillow hands to Ghostscript.
-    with Image.open(path, formats=IMAGE_FORMATS) as opened:
-        image: Image.Image = opened
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise OSError(f"{image.width} x {image.height} pixels are too many")
-        image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
-        image.load()
-        if image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit, or float in [0, 1]
-            values = np.asarray(image, np.float64) * (1 if image.mode == "F" else 1 / 65535)
-            image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
-        if image.mode in ("LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
-
-
-def decode_folder(paths: list[Path], folder: Path, data_dir: Path, size: int) -> Tensor:
-    """All images as one memory-mapped uint8 tensor `(N, 3, size, size)`.
-
-    The cache file is named after the folder and a fingerprint of every file's name, size and time,
-    so a changed file means a new cache; its checksum is verified at every start.
-    """
-    try:
-        stats = [path.stat() for path in paths]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    for path, status in zip(paths, stats, strict=True):
-        require(stat.S_ISREG(status.st_mode), f"{path} is not a plain file: remove it")
-    listing = "\n".join(
-        f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}"
-        for path, status in zip(paths, stats, strict=True)
-    )
-    version = f"{CACHE_VERSION} {size}\n{listing}".encode(errors="surrogateescape")
-    origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    stem = f"{folder.resolve().name}-{origin}-{size}-"
-    cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
-    shape = (len(paths), 3, size, size)
-    images = _open_cache(cache, shape)
-    if images is not None:
-        return images
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
-            draft = Path(temporary, "images.npy")
-            drafted = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
-                with open(draft, "rb+") as file:
-                    os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            _decode_into(drafted, paths, folder, size)
-            drafted.flush()
-            Path(temporary, "sum.json").write_text(json.dumps({"crc32": zlib.crc32(drafted.data)}))
-            os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
-            os.replace(draft, cache)
-    except OSError as error:
-        print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
-        array = np.empty(shape, np.uint8)
-        _decode_into(array, paths, folder, size)
-        return torch.from_numpy(array)
-    for old in cache.parent.glob(f"{glob.escape(stem)}*"):
-        if old.suffix in (".npy", ".json") and old.stem != cache.stem:
-            old.unlink(missing_ok=True)
-    images = _open_cache(cache, shape)
-    require(images is not None, f"{cache} changed while it was written: start again")
-    return typing.cast(Tensor, images)
-
-
-def _open_cache(cache: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The cached images, or None when they are missing or damaged."""
-    if not cache.exists():
-        return None
-    try:
-        # Copy on write: torch wants a writable array, and nothing may reach the file.
-        array = np.lib.format.open_memmap(cache, "c")
-        checksum = json.loads(cache.with_suffix(".json").read_text())["crc32"]
-        if array.shape == shape and array.dtype == np.uint8 and zlib.crc32(array.data) == checksum:
-            return torch.from_numpy(array)
-    except Exception:  # numpy's parser of the header raises nearly anything
-        pass
-    print(f"The image cache {cache} is damaged: decoding again.")
-    return None
-
-
-def _decode_into(array: np.ndarray, paths: list[Path], folder: Path, size: int) -> None:
-    """Decode every path into its row of `array`, in threads (Pillow releases the lock)."""
-    from tqdm import tqdm
-
-    def decode(start: int) -> list[tuple[Path, Exception]]:
-        failed: list[tuple[Path, Exception]] = []
-        for row in range(start, min(start + 256, len(paths))):
-            try:
-                array[row] = decode_image(paths[row], size)
-            except Exception as error:  # Pillow's decoders raise nearly anything
-                failed.append((paths[row], error))
-        return failed
-
-    failed: list[tuple[Path, Exception]] = []
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(paths), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,
-    ):
-        for done in pool.map(decode, range(0, len(paths), 256)):
-            failed += done
-            bar.update(min(256, len(paths) - bar.n))
-    if failed:
-        path, error = failed[0]
-        reason = "no image format that Pillow knows" if "cannot identify" in str(error) else error
-        raise UserError(
-            f"{len(failed)} of {len(paths)} images in {folder} cannot be read; the first is "
-            f"{path}: {reason}. Repair or remove them"
-        )
 
 
 def to_float(images: Tensor) -> Tensor:

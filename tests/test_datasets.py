@@ -5,23 +5,17 @@ import gzip
 import hashlib
 import http.server
 import io
-import json
-import multiprocessing
 import os
 import pickle
 import struct
 import tarfile
 import threading
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from image_folders import load_folder, make_folder, names_of, write_image
-from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 from torchvision.transforms.v2 import functional as reference
 
@@ -144,383 +138,55 @@ def test_fingerprint_is_of_the_content_alone():
     assert dataclasses.replace(data, train=train).fingerprint() == example().fingerprint()
 
 
-# decoding one image
+# held-out images
 
 
-def gray16(value):
-    return Image.fromarray(np.full((20, 30), value, np.uint16))
+def numbered_split(counts=(100, 60, 40)):
+    """The images of a class one after the other, each image filled with its position."""
+    images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None]
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return datasets.Split(images.repeat(1, 1, 2, 2), labels)
 
 
-def palette(colour, **info):
-    image = Image.new("P", (30, 20), 1)
-    image.putpalette([255, 0, 255, *colour])
-    image.info.update(info)
-    return image
+def test_hold_out_is_a_stratified_partition():
+    split = numbered_split()
+    parts = datasets.hold_out(split, 0.25)
+    positions = [part.images[:, 0, 0, 0].long() for part in parts]
+    assert sorted(torch.cat(positions).tolist()) == list(range(200))
+    assert parts[0].labels.bincount().tolist() == [75, 45, 30]
+    assert parts[1].labels.bincount().tolist() == [25, 15, 10]
+    for part, position in zip(parts, positions, strict=True):
+        assert torch.equal(part.labels, split.labels[position])
 
 
-def plain(mode, colour):
-    return Image.new(mode, (30, 20), colour)
+def test_hold_out_is_fixed_by_its_seed():
+    split = numbered_split()
+    first = datasets.hold_out(split, 0.25)[1].images
+    np.random.seed(3)
+    assert torch.equal(datasets.hold_out(split, 0.25)[1].images, first)
+    assert not torch.equal(datasets.hold_out(split, 0.25, seed=1)[1].images, first)
+    assert datasets.hold_out(datasets.Split(split.images, None), 0.25)[1].labels is None
 
 
-RED, TEAL, WHITE = (255, 0, 0), (10, 120, 130), (255, 255, 255)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "image", "options", "expected", "tolerance"),
-    [
-        pytest.param("png", plain("RGB", TEAL), {}, TEAL, 0, id="RGB"),
-        pytest.param("png", plain("L", 100), {}, (100,) * 3, 0, id="L"),
-        pytest.param("png", plain("1", 1), {}, WHITE, 0, id="1 white"),
-        pytest.param("png", plain("1", 0), {}, (0, 0, 0), 0, id="1 black"),
-        pytest.param("png", palette(TEAL), {}, TEAL, 0, id="P"),
-        pytest.param("png", palette(TEAL), {"transparency": 0}, TEAL, 0, id="P opaque"),
-        pytest.param("png", palette(TEAL), {"transparency": 1}, WHITE, 0, id="P transparent"),
-        pytest.param(
-            "png", palette(TEAL), {"transparency": b"\xff\x00"}, WHITE, 0, id="P alpha table"
-        ),
-        pytest.param("png", plain("LA", (50, 0)), {}, WHITE, 0, id="LA transparent"),
-        pytest.param("png", plain("LA", (50, 255)), {}, (50,) * 3, 0, id="LA opaque"),
-        pytest.param("png", plain("LA", (0, 51)), {}, (204,) * 3, 1, id="LA a fifth"),
-        pytest.param("png", plain("RGBA", (*TEAL, 0)), {}, WHITE, 0, id="RGBA transparent"),
-        pytest.param("png", plain("RGBA", (*TEAL, 255)), {}, TEAL, 0, id="RGBA opaque"),
-        pytest.param("png", plain("RGBA", (255, 0, 0, 102)), {}, (255, 153, 153), 1, id="RGBA 40%"),
-        pytest.param("png", plain("L", 50), {"transparency": 50}, WHITE, 0, id="L colour key"),
-        pytest.param("png", plain("RGB", TEAL), {"transparency": TEAL}, WHITE, 0, id="RGB key"),
-        pytest.param("png", gray16(0x8000), {}, (128,) * 3, 0, id="I;16 png"),
-        pytest.param("png", gray16(1000), {}, (4,) * 3, 0, id="I;16 png, dark"),
-        pytest.param("tif", gray16(0x8000), {}, (128,) * 3, 0, id="I;16 tiff"),
-        pytest.param("tif", gray16(0xC000), {"compression": "tiff_lzw"}, (191,) * 3, 0, id="lzw"),
-        pytest.param("tif", plain("I;16B", 0x40FF), {}, (65,) * 3, 0, id="I;16B tiff"),
-        pytest.param("tif", plain("F", 0.25), {}, (64,) * 3, 0, id="F tiff"),
-        pytest.param("tif", plain("RGBA", (*TEAL, 0)), {}, WHITE, 0, id="RGBA tiff"),
-        pytest.param("jpg", plain("L", 100), {}, (100,) * 3, 2, id="L jpeg"),
-        pytest.param("jpg", plain("RGB", TEAL), {}, TEAL, 4, id="RGB jpeg"),
-        pytest.param("jpg", plain("CMYK", (0, 255, 255, 0)), {}, RED, 4, id="CMYK jpeg"),
-        pytest.param("jpg", plain("CMYK", (0, 0, 0, 255)), {}, (0, 0, 0), 4, id="CMYK black"),
-        pytest.param("webp", plain("RGB", TEAL), {"lossless": True}, TEAL, 0, id="webp"),
-        pytest.param("webp", plain("RGBA", (*RED, 0)), {"lossless": True}, WHITE, 0, id="webp a"),
-        pytest.param("gif", palette(TEAL), {"transparency": 1}, WHITE, 0, id="gif transparent"),
-        pytest.param(
-            "gif",
-            palette(TEAL),
-            {"save_all": True, "append_images": [palette(RED)]},
-            TEAL,
-            0,
-            id="animated gif",
-        ),
-        pytest.param("png", Image.new("RGB", (1, 1), TEAL), {}, TEAL, 0, id="1x1"),
-    ],
-)
-def test_every_mode_becomes_rgb_on_white(tmp_path, suffix, image, options, expected, tolerance):
-    path = tmp_path / f"image.{suffix}"
-    image.save(path, **options)
-    decoded = datasets.decode_image(path, 16)
-    assert decoded.shape == (3, 16, 16)
-    assert decoded.dtype == np.uint8
-    difference = decoded.astype(int) - np.reshape(expected, (3, 1, 1))
-    assert np.abs(difference).max() <= tolerance
+def test_hold_out_shares_no_memory():
+    # Known mistake: what was done to the validation set was done to the training set, too.
+    split = numbered_split((20, 20))
+    parts = datasets.hold_out(split, 0.25)
+    for written, others in ((0, (parts[1], split)), (1, (parts[0], split))):
+        before = [(other.images.clone(), other.labels.clone()) for other in others]
+        parts[written].images.fill_(255)
+        parts[written].labels.fill_(9)
+        for other, (images, labels) in zip(others, before, strict=True):
+            assert torch.equal(other.images, images)
+            assert torch.equal(other.labels, labels)
 
 
 @pytest.mark.parametrize(
-    ("suffix", "options"),
-    [("png", {}), ("bmp", {}), ("ppm", {}), ("tif", {}), ("webp", {"lossless": True})],
+    ("counts", "fraction"), [((8, 1), 0.25), ((8, 8), 0.9999), ((3, 3), 0.1), ((1,), 0.5)]
 )
-def test_lossless_image_of_the_right_size_is_bit_exact(tmp_path, suffix, options):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
-    decoded = datasets.decode_image(tmp_path / f"a.{suffix}", 16)
-    np.testing.assert_array_equal(decoded, pixels.transpose(2, 0, 1))
-
-
-def test_16_bit_values_are_scaled_over_their_whole_range(tmp_path):
-    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(
-        datasets.decode_image(tmp_path / "a.png", 16)[0].ravel(), range(256)
-    )
-
-
-@pytest.mark.parametrize("shape", [(500, 3), (3, 500)], ids=["tall", "wide"])
-def test_long_strip_is_cropped_to_its_centre(tmp_path, shape):
-    pixels = np.full((*shape, 3), RED, np.uint8)
-    pixels[
-        tuple(slice(side // 2 - 8, side // 2 + 8) if side > 3 else slice(3) for side in shape)
-    ] = TEAL
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    decoded = datasets.decode_image(tmp_path / "a.png", 16)
-    np.testing.assert_array_equal(decoded, np.full((16, 16, 3), TEAL).transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("width", [2000, 400])
-def test_large_jpeg_is_its_resized_centre(tmp_path, width):
-    height = width * 3 // 4
-    y, x = np.ogrid[:height, :width]
-    pixels = np.empty((height, width, 3), np.uint8)
-    pixels[..., 0] = x / width * 255
-    pixels[..., 1] = y / height * 255
-    pixels[..., 2] = 127 + 100 * np.sin(80 * x / width)
-    image = Image.fromarray(pixels)
-    image.save(tmp_path / "a.jpg", quality=95)
-    left = (width - height) // 2
-    centre = image.crop((left, 0, left + height, height)).resize((32, 32), Image.Resampling.BICUBIC)
-    difference = datasets.decode_image(tmp_path / "a.jpg", 32) - np.asarray(
-        centre, float
-    ).transpose(2, 0, 1)
-    assert np.abs(difference).max() < 25
-    assert np.abs(difference).mean() < 2
-
-
-def test_shrinking_averages(tmp_path):
-    checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    Image.fromarray(checkerboard).save(tmp_path / "a.png")
-    assert np.abs(datasets.decode_image(tmp_path / "a.png", 16) - 127.5).max() < 10
-
-
-UPRIGHT = {  # Exif 2.3, table 4.6.5: how the stored pixels are turned to be shown
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
-    8: lambda a: np.rot90(a, 1),
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied(tmp_path, orientation):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    shown = UPRIGHT[orientation](pixels)
-    top, left = (shown.shape[0] - 16) // 2, (shown.shape[1] - 16) // 2
-    shown = shown[top : top + 16, left : left + 16]
-    np.testing.assert_array_equal(
-        datasets.decode_image(tmp_path / "a.png", 16), shown.transpose(2, 0, 1)
-    )
-
-
-def test_rotated_photo_is_upright(tmp_path):
-    stored = np.zeros((300, 400, 3), np.uint8)
-    stored[:, :200] = RED  # left as stored is the top as shown with orientation 6
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif)
-    decoded = datasets.decode_image(tmp_path / "a.jpg", 16)
-    assert decoded[0, :6].min() > 240
-    assert decoded[0, 10:].max() < 15
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"], ids=ascii
-)
-def test_broken_exif_does_not_cost_the_picture(tmp_path, exif):
-    plain("RGB", TEAL).save(tmp_path / "a.jpg", exif=exif)
-    assert abs(int(datasets.decode_image(tmp_path / "a.jpg", 16)[2, 8, 8]) - TEAL[2]) <= 4
-
-
-# the cache of decoded folders
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The names of the images decoded so far."""
-    names = []
-
-    decode_image = datasets.decode_image
-
-    def recorded(path, size):
-        names.append(Path(path).name)
-        return decode_image(path, size)
-
-    monkeypatch.setattr(datasets, "decode_image", recorded)
-    return names
-
-
-def cache_files(data_dir, suffix="*"):
-    return sorted(path for path in data_dir.rglob(suffix) if path.is_file())
-
-
-def test_second_load_decodes_nothing_and_gives_the_same(tmp_path, monkeypatch):
-    names = [f"{kind}/{i}.png" for kind in "ab" for i in range(5)]
-    made = make_folder(tmp_path / "in", *names)
-    first = load_folder(tmp_path / "in", tmp_path / "data")
-    monkeypatch.setattr(datasets, "decode_image", lambda *_: 1 / 0)
-    second = load_folder(tmp_path / "in", tmp_path / "data")
-    assert names_of(second.train, made) == names_of(first.train, made)
-    assert names_of(second.test, made) == names_of(first.test, made)
-    assert torch.equal(second.train.labels, first.train.labels)
-
-
-def change(folder):
-    path = folder / "1.bmp"
-    before = path.stat()
-    write_image(path, (9, 9, 9))
-    assert path.stat().st_size == before.st_size  # so that the size alone does not tell
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
-
-
-CHANGES = {
-    "changed": (change, [(0, 255, 0), (9, 9, 9), (2, 253, 14)]),
-    "added": (
-        lambda folder: write_image(folder / "0a.bmp", (8, 8, 8)),
-        [(0, 255, 0), (8, 8, 8), (1, 254, 7), (2, 253, 14)],
-    ),
-    "removed": (lambda folder: (folder / "1.bmp").unlink(), [(0, 255, 0), (2, 253, 14)]),
-    "renamed": (
-        lambda folder: (folder / "0.bmp").rename(folder / "9.bmp"),
-        [(1, 254, 7), (2, 253, 14), (0, 255, 0)],
-    ),
-}
-
-
-@pytest.mark.parametrize(("alter", "colours"), CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("folder", ["in", "[in]"])
-def test_altered_folder_is_decoded_again_and_its_old_cache_removed(
-    tmp_path, decoded, folder, alter, colours
-):
-    make_folder(tmp_path / folder, *(f"{i}.bmp" for i in range(3)))
-    make_folder(tmp_path / "elsewhere" / folder, "0.bmp")
-    for path in (tmp_path / folder).iterdir():
-        os.utime(path, ns=(10**18, 10**18))  # alike in time and size, as an archive leaves them
-    data_dir = tmp_path / "data"
-    load_folder(tmp_path / "elsewhere" / folder, data_dir)
-    kept = cache_files(data_dir)
-    load_folder(tmp_path / folder, data_dir)
-    old = set(cache_files(data_dir)) - set(kept)
-    decoded.clear()
-    alter(tmp_path / folder)
-    data = load_folder(tmp_path / folder, data_dir)
-    assert [tuple(colour) for colour in data.train.images[:, :, 0, 0].tolist()] == colours
-    assert len(decoded) == len(colours)
-    assert not old & set(cache_files(data_dir))
-    assert set(kept) < set(cache_files(data_dir))  # another folder's, of the same name
-
-
-def test_another_image_size_is_decoded_anew(tmp_path, decoded):
-    made = make_folder(tmp_path / "in", "0.png", "1.png")
-    for size in (8, 12, 12):
-        images = load_folder(tmp_path / "in", tmp_path / "data", size).train
-        assert images.images.shape == (2, 3, size, size)
-        assert names_of(images, made) == ["0.png", "1.png"]
-    assert len(decoded) == 4
-
-
-def flip(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0xFF
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "flipped first byte": lambda array, record: flip(array, 0),
-    "flipped byte": lambda array, record: flip(array, -100),
-    "truncated": lambda array, record: os.truncate(array, array.stat().st_size - 1),
-    "empty": lambda array, record: os.truncate(array, 0),
-    "no record": lambda array, record: record.unlink(),
-    "empty record": lambda array, record: record.write_text(""),
-    "record of another kind": lambda array, record: record.write_text("[]"),
-    "record without a checksum": lambda array, record: record.write_text("{}"),
-    "record with another checksum": lambda array, record: record.write_text(
-        json.dumps({key: 1 for key in json.loads(record.read_text())})
-    ),
-    "another shape": lambda array, record: np.save(array, np.zeros((1, 3, 8, 8), np.uint8)),
-    "another type": lambda array, record: np.save(array, np.zeros((2, 3, 8, 8), np.float32)),
-    "shape turned": lambda array, record: np.save(array, np.load(array).reshape(3, 2, 8, 8)),
-    "another type, same bytes": lambda array, record: np.save(array, np.load(array).view(np.int8)),
-    "pickled": lambda array, record: np.save(array, np.array([{}]), allow_pickle=True),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_cache_is_noticed_and_built_again(tmp_path, decoded, damage):
-    made = make_folder(tmp_path / "in", "0.png", "1.png")
-    data_dir = tmp_path / "data"
-    load_folder(tmp_path / "in", data_dir)
-    damage(*cache_files(data_dir, "*.npy"), *cache_files(data_dir, "*.json"))
-    for _ in range(2):  # the second time from the cache
-        data = load_folder(tmp_path / "in", data_dir)
-        assert names_of(data.train, made) == ["0.png", "1.png"]
-    assert len(decoded) == 4
-
-
-def test_damage_anywhere_in_the_caches_header_is_noticed(tmp_path):
-    made = make_folder(tmp_path / "in", "0.png", "1.png")
-    load_folder(tmp_path / "in", tmp_path / "data")
-    (array,) = cache_files(tmp_path / "data", "*.npy")
-    for position in range(0, array.stat().st_size - 2 * 3 * 8 * 8, 5):
-        content = array.read_bytes()
-        array.write_bytes(content[:position] + b"(" + content[position + 1 :])
-        data = load_folder(tmp_path / "in", tmp_path / "data")
-        assert names_of(data.train, made) == ["0.png", "1.png"]
-
-
-def test_writing_to_the_images_does_not_reach_the_cache(tmp_path, decoded):
-    made = make_folder(tmp_path / "in", "0.png", "1.png")
-    for _ in range(2):
-        data = load_folder(tmp_path / "in", tmp_path / "data")
-        assert names_of(data.train, made) == ["0.png", "1.png"]
-        data.train.images.zero_()
-    assert len(decoded) == 2
-
-
-def test_unwritable_data_dir_costs_only_the_cache(tmp_path):
-    (tmp_path / "file").write_text("")
-    made = make_folder(tmp_path / "in", "0.png", "1.png")
-    for data_dir in (tmp_path / "file", tmp_path / "file" / "data"):
-        data = load_folder(tmp_path / "in", data_dir)
-        assert names_of(data.train, made) == ["0.png", "1.png"]
-
-
-def test_disk_without_room_for_the_cache_costs_only_the_cache(tmp_path, small_disk):
-    made = make_folder(tmp_path / "in", *(f"{i}.png" for i in range(30)))
-    with small_disk(4000):
-        data = load_folder(tmp_path / "in", tmp_path / "data")
-    assert len(names_of(data.train, made)) == 30
-    assert cache_files(tmp_path / "data") == []
-
-
-@pytest.mark.parametrize("kind", ["processes", "threads"])
-def test_two_loads_at_once_leave_a_valid_cache(tmp_path, monkeypatch, kind):
-    made = make_folder(tmp_path / "in", *(f"{i}.png" for i in range(5)))
-    context = multiprocessing.get_context("fork")
-    together = context.Barrier(2) if kind == "processes" else threading.Barrier(2)
-    decode_image = datasets.decode_image
-
-    def in_step(path, size):
-        together.wait(20)
-        return decode_image(path, size)
-
-    def load():
-        data = load_folder(tmp_path / "in", tmp_path / "data")
-        assert names_of(data.train, made) == [f"{i}.png" for i in range(5)]
-
-    monkeypatch.setattr(datasets, "decode_image", in_step)
-    if kind == "processes":
-        processes = [context.Process(target=load) for _ in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(30)
-        assert [process.exitcode for process in processes] == [0, 0]
-    else:
-        with ThreadPoolExecutor(2) as pool:
-            for future in [pool.submit(load) for _ in range(2)]:
-                future.result(30)
-    monkeypatch.setattr(datasets, "decode_image", lambda *_: 1 / 0)
-    load()
-    assert [path.suffix for path in cache_files(tmp_path / "data")] == [".json", ".npy"]
-
-
-def test_failed_decoding_leaves_nothing(tmp_path, user_error):
-    make_folder(tmp_path / "in", "0.png")
-    (tmp_path / "in" / "1.png").write_text("no image")
-    with user_error("1 of 2", "1.png"):
-        load_folder(tmp_path / "in", tmp_path / "data")
-    assert cache_files(tmp_path / "data") == []
+def test_hold_out_says_itself_that_images_are_too_few(user_error, counts, fraction):
+    with user_error("too few images", fraction):
+        datasets.hold_out(numbered_split(counts), fraction)
 
 
 # downloads

@@ -1,7 +1,5 @@
-import contextlib
 import copy
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from image_folders import load_folder, make_folder, names_of, write_image
 from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
@@ -22,7 +19,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import functions
 from support import datasets, devices, encoders, files
-from support.errors import UserError
 
 REPOSITORY = Path(functions.__file__).parent
 
@@ -37,10 +33,6 @@ def normal(*shape, seed=0):
 
 def labels_of(count, classes, seed=0):
     return torch.randint(classes, (count,), generator=seeded(seed))
-
-
-def classes_of(split, data):
-    return [data.classes[label] for label in split.labels]
 
 
 # digits
@@ -80,236 +72,6 @@ def test_digits_split_is_stratified_and_always_the_same():
     assert (outside / (inside + outside) - 0.2).abs().max() < 0.01
 
 
-# layouts of a folder
-
-
-def test_train_and_test_folders(tmp_path):
-    train = [f"train/{name}/{i}.png" for name in "cab" for i in (2, 0, 1)]
-    test = ["test/c/0.png", "test/a/1.png", "test/a/0.png"]  # none of b: labels must not shift
-    made = make_folder(tmp_path / "in", *train, *test)
-    data = load_folder(tmp_path / "in", tmp_path / "data")
-    assert data.name == "in"
-    assert data.classes == ("a", "b", "c")
-    assert names_of(data.train, made) == sorted(train)
-    assert classes_of(data.train, data) == list("aaabbbccc")
-    assert names_of(data.test, made) == sorted(test)
-    assert classes_of(data.test, data) == list("aac")
-    assert data.train.paths.tolist() == names_of(data.train, made)
-    assert data.test.paths.tolist() == names_of(data.test, made)
-    assert data.train.images.dtype == torch.uint8
-    assert data.train.labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize("parent", ["", "train/"])
-def test_class_folders_have_a_fifth_split_off_stratified_and_always_the_same(tmp_path, parent):
-    counts = {"cat": 10, "dog": 30}
-    names = [f"{parent}{kind}/{i:02}.png" for kind in counts for i in range(counts[kind])]
-    made = make_folder(tmp_path / "in", *names)
-    tests = []
-    for seed in (1, 2):
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        data = load_folder(tmp_path / "in", tmp_path / f"data{seed}")
-        train, test = names_of(data.train, made), names_of(data.test, made)
-        assert sorted(train + test) == sorted(names)
-        assert classes_of(data.train, data) == [name.split("/")[-2] for name in train]
-        assert classes_of(data.test, data) == [name.split("/")[-2] for name in test]
-        assert classes_of(data.test, data) == ["cat"] * 2 + ["dog"] * 6
-        assert (data.train.paths.tolist(), data.test.paths.tolist()) == (train, test)
-        tests.append(test)
-    assert tests[0] == tests[1]
-
-
-@pytest.mark.parametrize("layout", ["", "train/"])
-def test_flat_folder_has_no_labels(tmp_path, layout):
-    names = [f"{layout}{i}.png" for i in (3, 1, 2)]
-    made = make_folder(tmp_path / "in", *names)
-    data = load_folder(tmp_path / "in", tmp_path / "data")
-    assert names_of(data.train, made) == data.train.paths.tolist() == sorted(names)
-    assert data.train.labels is None
-    assert data.test is None
-    assert data.classes == ()
-
-
-def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path):
-    wanted = [f"a/deep/er/{i}.png" for i in range(3)] + ["a/b/0.PNG", "a/1.png"]
-    wanted += [f"b/{i}.bmp" for i in range(5)]
-    hidden = ["a/.hidden.png", "a/.folder/0.png", ".git/0.png", "b/._0.png"]
-    made = make_folder(tmp_path / "in", *wanted, *hidden)
-    for name in ("a/notes.txt", "README.md", ".DS_Store", "b/Thumbs.db"):
-        (tmp_path / "in" / name).write_text("no image")
-    data = load_folder(tmp_path / "in", tmp_path / "data")
-    assert data.classes == ("a", "b")
-    everything = names_of(data.train, made) + names_of(data.test, made)
-    assert sorted(everything) == sorted(wanted)
-    labels = classes_of(data.train, data) + classes_of(data.test, data)
-    assert labels == [name[0] for name in everything]
-
-
-def test_class_called_train_does_not_hide_the_others(tmp_path):
-    make_folder(
-        tmp_path / "in", *(f"{kind}/{i}.png" for kind in ("car", "train") for i in range(5))
-    )
-    with contextlib.suppress(UserError):
-        assert load_folder(tmp_path / "in", tmp_path / "data").classes == ("car", "train")
-
-
-@pytest.mark.parametrize("others", [["val"], ["test", "val"], ["test", "extra", "valid"]])
-def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path, others, user_error):
-    parts = ["train", *others]
-    make_folder(
-        tmp_path / "in", *(f"{a}/{b}/{i}.png" for a in parts for b in "xy" for i in range(5))
-    )
-    with user_error(tmp_path / "in", others[-1]):  # a forgotten validation set would be no help
-        load_folder(tmp_path / "in", tmp_path / "data")
-
-
-def test_current_folder_has_its_own_name(tmp_path, monkeypatch):
-    make_folder(tmp_path / "in", "0.png")
-    monkeypatch.chdir(tmp_path / "in")
-    assert load_folder(".", tmp_path / "data").name == "in"
-
-
-@pytest.mark.parametrize("target", [".", ".."])
-def test_link_in_a_circle_does_not_multiply_the_images(tmp_path, target):
-    names = [f"{kind}/{i}.png" for kind in "ab" for i in range(5)]
-    made = make_folder(tmp_path / "in", *names)
-    (tmp_path / "in" / "a" / "circle").symlink_to(target)
-    data = load_folder(tmp_path / "in", tmp_path / "data")
-    assert sorted(names_of(data.train, made) + names_of(data.test, made)) == names
-
-
-def test_links_to_folders_and_images_are_followed(tmp_path):
-    made = make_folder(tmp_path / "real", "0.png", "1.png", "more/2.png")
-    (tmp_path / "in").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "in" / "train" / name).mkdir(parents=True)
-        (tmp_path / "in" / "train" / name / "link.png").symlink_to(tmp_path / "real" / "0.png")
-        (tmp_path / "in" / "test" / name).mkdir(parents=True)
-    (tmp_path / "in" / "test" / "a" / "folder").symlink_to(tmp_path / "real")
-    (tmp_path / "in" / "test" / "b" / "1.png").symlink_to(tmp_path / "real" / "1.png")
-    data = load_folder(tmp_path / "in", tmp_path / "data")
-    assert names_of(data.train, made) == ["0.png", "0.png"]
-    assert sorted(names_of(data.test, made)) == ["0.png", "1.png", "1.png", "more/2.png"]
-
-
-@pytest.mark.parametrize(
-    ("folder", "file"),
-    [
-        ("my holiday pictures", "my picture"),
-        ("[a-b]*?", "[a-b]*?"),
-        ("Füße", "Füße"),
-        ("in", os.fsdecode(b"caf\xe9")),
-    ],
-    ids=ascii,
-)
-def test_any_name_of_folder_class_and_file_works(tmp_path, folder, file):
-    names = [f"{kind}/{file} {i}.png" for kind in (folder, "other") for i in range(5)]
-    made = make_folder(tmp_path / folder, *names)
-    load_folder(tmp_path / folder, tmp_path / "data")
-    data = load_folder(tmp_path / folder, tmp_path / "data")
-    train = names_of(data.train, made)
-    assert sorted(train + names_of(data.test, made)) == sorted(names)
-    assert classes_of(data.train, data) == [path.split("/")[0] for path in train]
-    index = torch.arange(len(data.test))
-    files.write_arrays(tmp_path / "where.npz", **functions.origin(data.test, index))
-    arrays = files.read_arrays(tmp_path / "where.npz")
-    assert arrays["paths"].tolist() == names_of(data.test, made)
-    assert arrays["labels"].tolist() == data.test.labels.tolist()
-
-
-@pytest.mark.parametrize("place", ["data set", "class"])
-def test_a_folder_whose_name_no_plot_can_show_is_refused(tmp_path, user_error, place):
-    strange = os.fsdecode(b"caf\xe9")
-    folder, name = (strange, "a") if place == "data set" else ("in", strange)
-    make_folder(tmp_path / folder, *(f"{kind}/{i}.png" for kind in (name, "b") for i in range(5)))
-    with user_error(ascii(strange)[1:-1], "UTF-8"):
-        load_folder(tmp_path / folder, tmp_path / "data")
-
-
-@pytest.mark.parametrize("kind", ["digits", "folder"])
-def test_loaded_images_are_normalised_with_the_training_images_statistics(tmp_path, kind):
-    names = [f"{part}/{name}/0.png" for part in ("train", "test") for name in "ab"]
-    make_folder(tmp_path / "in", *names)
-    name = "digits" if kind == "digits" else tmp_path / "in"
-    data = load_folder(name, tmp_path / "data")
-    mean, std = datasets.channel_statistics(data.train.images)
-    assert not torch.equal(mean, datasets.channel_statistics(data.test.images)[0])
-    for split in (data.train, data.test):
-        assert torch.equal(split.mean, mean)
-        assert torch.equal(split.std, std)
-
-
-# mistakes
-
-
-@pytest.mark.parametrize("name", ["imagenet", "/no/such/folder", "~nobody-here/x", "x" * 5000])
-def test_unknown_data_set_names_the_known_ones(tmp_path, user_error, name):
-    with user_error(name[:20], "cifar10", "fashion-mnist", "digits"):
-        functions.load_images(name, tmp_path)
-
-
-MISTAKES = {
-    "a file": (["in"], ["in", "file"]),
-    "empty": (["in/"], ["in", "no images"]),
-    "no images": (["in/notes.txt"], ["in", "no images"]),
-    "empty train": (["in/train/", "in/test/a/0.png"], ["train", "no images"]),
-    "one class": ([f"in/cat/{i}.png" for i in range(9)], ["in", "cat"]),
-    "one class to train": (["in/train/cat/0.png", "in/test/cat/0.png"], ["train", "cat"]),
-    "empty class": (["in/cat/0.png", "in/dog/"], ["dog"]),
-    "empty test class": (
-        ["in/train/cat/0.png", "in/train/dog/0.png", "in/test/dog/notes.txt"],
-        ["test", "dog"],
-    ),
-    "no test class": (["in/train/cat/0.png", "in/train/dog/0.png", "in/test/"], ["test"]),
-    "loose images": (
-        ["in/cat/0.png", "in/dog/0.png", "in/a.png", "in/b.png"],
-        ["in", "2", "a.png"],
-    ),
-    "unknown test class": (
-        ["in/train/cat/0.png", "in/train/dog/0.png", "in/test/cow/0.png"],
-        ["test", "cow"],
-    ),
-    "class too small to split": (
-        ["in/cat/0.png", *(f"in/dog/{i}.png" for i in range(9))],
-        ["too few"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("names", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_unusable_folder_is_named(tmp_path, user_error, names, words):
-    for name in names:
-        path = tmp_path / name
-        if name.endswith("/"):
-            path.mkdir(parents=True)
-        elif path.suffix == ".png":
-            write_image(path, (255, 0, 0))
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("no image")
-    with user_error(*words):
-        load_folder(tmp_path / "in", tmp_path / "data")
-
-
-def test_unreadable_images_are_named_and_counted(tmp_path, user_error):
-    make_folder(tmp_path / "in", *(f"{i}.png" for i in range(9)))
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "in" / "3.png")
-    os.truncate(tmp_path / "in" / "3.png", 5000)
-    (tmp_path / "in" / "7.png").write_bytes(b"")
-    with user_error("2 of 9", "3.png"):
-        load_folder(tmp_path / "in", tmp_path / "data")
-
-
-@pytest.mark.parametrize("folders", [[""], ["a/", "b/"]], ids=["flat", "classes"])
-def test_link_to_a_missing_image_is_named(tmp_path, user_error, folders):
-    make_folder(tmp_path / "in", *(f"{folder}{i}.png" for folder in folders for i in range(5)))
-    (tmp_path / "in" / folders[0] / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with user_error("gone.png"):
-        load_folder(tmp_path / "in", tmp_path / "data")
-
-
 # the real data sets, where this machine has them
 
 
@@ -344,57 +106,6 @@ def test_real_cifar10_images():
     assert data.classes[0] == "airplane"
     means = data.train.images[::5].numpy().mean((0, 2, 3)) / 255
     np.testing.assert_allclose(means, (0.4914, 0.4822, 0.4465), atol=0.002)
-
-
-# held-out images
-
-
-def numbered_split(counts=(100, 60, 40)):
-    """The images of a class one after the other, each image filled with its position."""
-    images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None]
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    return datasets.Split(images.repeat(1, 1, 2, 2), labels)
-
-
-def test_hold_out_is_a_stratified_partition():
-    split = numbered_split()
-    parts = functions.hold_out(split, 0.25)
-    positions = [part.images[:, 0, 0, 0].long() for part in parts]
-    assert sorted(torch.cat(positions).tolist()) == list(range(200))
-    assert parts[0].labels.bincount().tolist() == [75, 45, 30]
-    assert parts[1].labels.bincount().tolist() == [25, 15, 10]
-    for part, position in zip(parts, positions, strict=True):
-        assert torch.equal(part.labels, split.labels[position])
-
-
-def test_hold_out_is_fixed_by_its_seed():
-    split = numbered_split()
-    first = functions.hold_out(split, 0.25)[1].images
-    np.random.seed(3)
-    assert torch.equal(functions.hold_out(split, 0.25)[1].images, first)
-    assert not torch.equal(functions.hold_out(split, 0.25, seed=1)[1].images, first)
-    assert functions.hold_out(datasets.Split(split.images, None), 0.25)[1].labels is None
-
-
-def test_hold_out_shares_no_memory():
-    # Known mistake: what was done to the validation set was done to the training set, too.
-    split = numbered_split((20, 20))
-    parts = functions.hold_out(split, 0.25)
-    for written, others in ((0, (parts[1], split)), (1, (parts[0], split))):
-        before = [(other.images.clone(), other.labels.clone()) for other in others]
-        parts[written].images.fill_(255)
-        parts[written].labels.fill_(9)
-        for other, (images, labels) in zip(others, before, strict=True):
-            assert torch.equal(other.images, images)
-            assert torch.equal(other.labels, labels)
-
-
-@pytest.mark.parametrize(
-    ("counts", "fraction"), [((8, 1), 0.25), ((8, 8), 0.9999), ((3, 3), 0.1), ((1,), 0.5)]
-)
-def test_hold_out_says_itself_that_images_are_too_few(user_error, counts, fraction):
-    with user_error("too few images", fraction):
-        functions.hold_out(numbered_split(counts), fraction)
 
 
 # accuracy

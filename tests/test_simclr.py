@@ -23,6 +23,7 @@ import functions
 import simclr
 from support import (
     checkpoints,
+    datasets,
     devices,
     encoders,
     pretraining,
@@ -565,7 +566,7 @@ def test_real_images(tmp_path, monkeypatch):
     if not CIFAR10_IMAGES.is_dir():
         pytest.skip(f"{CIFAR10_IMAGES} is not here (README, 'Data')")
     whole = functions.load_images(str(CIFAR10_IMAGES), REPOSITORY / "data")
-    few = functions.hold_out(whole.train, 0.02)[1], functions.hold_out(whole.test, 0.05)[1]
+    few = datasets.hold_out(whole.train, 0.02)[1], datasets.hold_out(whole.test, 0.05)[1]
     part = dataclasses.replace(whole, train=few[0], test=few[1])
     monkeypatch.setattr(functions, "load_images", lambda *_: part)
     values = {"encoder": "small", "epochs": 4, "batch_size": 128, "probe_epochs": 20}
