@@ -49,8 +49,7 @@ test-faults: .venv/installed-dev
 # kornia, openTSNE and pytorch-metric-learning only serve as rows of the tables.
 bench: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet kornia openTSNE pytorch-metric-learning
-	rm -f benchmarks/results.json
-	@set -e; export BENCHMARK_RESULTS=benchmarks/results.json; run="$(BIN)/python -W ignore benchmarks"; \
+	@set -e; export BENCHMARK_RESULTS=benchmarks/results; run="$(BIN)/python -W ignore benchmarks"; \
 	data="$(if $(DATASET),--dataset $(DATASET))"; \
 	$$run/augmentation.py $$data; $$run/randaugment.py; $$run/rnn_epoch.py $$data; \
 	$$run/simclr_epoch.py $$data; $$run/simclr_epoch.py --stem cifar --batch-size 256 $$data; \

@@ -79,7 +79,7 @@ def wait(device: str) -> None:
 
 
 def report(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table, and add it to the JSON file that `BENCHMARK_RESULTS` names."""
+    """Print a table, and add it to this processor's file in the folder `BENCHMARK_RESULTS`."""
     head = list(dict.fromkeys(name for row in rows for name in row))
     cells = [head] + [[_text(row.get(name)) for name in head] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -89,9 +89,26 @@ def report(title: str, rows: list[dict[str, Any]]) -> None:
         print(
             "  " + "  ".join(w.ljust(n) if i == 0 else w.rjust(n) for i, (w, n) in enumerate(words))
         )
-    if path := os.environ.get("BENCHMARK_RESULTS"):
-        saved = json.loads(Path(path).read_text()) if Path(path).exists() else {"about": about()}
-        Path(path).write_text(json.dumps({**saved, title: rows}, indent=2) + "\n")
+    if folder := os.environ.get("BENCHMARK_RESULTS"):
+        path = Path(folder, f"{processor()}.json")
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**saved, "about": about(), title: rows}, indent=2) + "\n")
+
+
+def processor() -> str:
+    """A file name for this kind of machine: the device, or the CPU and its units for bfloat16."""
+    import torch
+
+    from support import devices
+
+    if torch.cuda.is_available():
+        words = devices.hardware("cuda")
+    else:
+        units = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+        capabilities = torch.cpu.get_capabilities()
+        best = next((name for unit, name in units.items() if capabilities.get(unit)), "")
+        words = f"{devices.hardware('cpu').removesuffix(' CPU')} {best}"
+    return "-".join(words.lower().split())
 
 
 def about() -> dict[str, Any]:

@@ -26,7 +26,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-        if not mallopt(m_mmap_threshold, 1 << 30):  # buffers up to 1 GiB come from the heap
+        # Larger buffers go back at once: holes of their size in the heap would add up to gigabytes.
+        if not mallopt(m_mmap_threshold, 1 << 27):  # 128 MiB
             mallopt(m_mmap_threshold, 1 << 25)  # an old glibc takes 32 MiB at most
         mallopt(m_trim_threshold, (1 << 31) - 1)  # and its end is kept
 
