@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -62,6 +61,11 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
     l2: int = setting(64, "model", "units of the MLP's first layer")
     l3: int = setting(64, "model", "units of the MLP's second layer")
     dropout: float = setting(0.5, "model", "dropout of the MLP")
+    bidirectional: bool = setting(False, "model", "read the rows upwards, too")
+    pooling: Literal["last", "mean"] = setting(
+        "last", "model", "the MLP sees the output after the last row, or the mean over all rows"
+    )
+    layer_dropout: float = setting(0.0, "model", "dropout between recurrent layers")
     recurrent_init: Literal["uniform", "orthogonal"] = setting(
         "uniform", "model", "first recurrent weights: PyTorch's uniform, or orthogonal"
     )
@@ -72,9 +76,13 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
         10, "training", "plateau: epochs without a better validation loss before the rate falls"
     )
     train_fraction: float = setting(1.0, "training", "share of the training images to use")
-    augmentation: Literal["none", "original", "standard"] = setting(
-        "standard", "training", "standard: mirror, small shift; original: flips, rotation, jitter"
+    augmentation: Literal["none", "original", "standard", "strong"] = setting(
+        "standard",
+        "training",
+        "standard: mirror, small shift; strong: a larger shift, and cutout; original: flips, "
+        "rotation, jitter",
     )
+    label_smoothing: float = setting(0.0, "training", "share of the target for all classes alike")
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -86,7 +94,13 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
             most = 100 if name == "num_layers" else 65_536
             fits = 1 <= getattr(self, name) <= most
             require(fits, f"{settings.flag(name)} must be at least 1, at most {most:,}")
-        require(0 <= self.dropout < 1, f"--dropout must be in [0, 1), not {self.dropout}")
+        for name in ("dropout", "layer_dropout", "label_smoothing"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{settings.flag(name)} must be in [0, 1), not {value}")
+        require(
+            self.layer_dropout == 0 or self.num_layers > 1,
+            "--layer-dropout needs --num-layers of 2 or more",
+        )
         require(self.patience >= 0, "--patience must not be negative")
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
 
@@ -119,7 +133,15 @@ class RowRNN(nn.Module):
     def __init__(self, config: Config, cell: str, input_size: int, num_classes: int):
         super().__init__()
         hidden, dropout = config.hidden_size, config.dropout
-        self.recurrent = CELLS[cell](input_size, hidden, config.num_layers, batch_first=True)
+        self.pooling = config.pooling
+        self.recurrent = CELLS[cell](
+            input_size,
+            hidden,
+            config.num_layers,
+            batch_first=True,
+            dropout=config.layer_dropout,
+            bidirectional=config.bidirectional,
+        )
         if config.recurrent_init == "orthogonal":
             # Orthogonal weights keep gradients alive over many steps (Saxe et al. 2014).
             for name, weights in self.recurrent.named_parameters():
@@ -127,7 +149,8 @@ class RowRNN(nn.Module):
                     for gate in weights.split(hidden):  # (hidden, hidden)
                         nn.init.orthogonal_(gate)
         layers: list[nn.Module] = []
-        for inputs, units in ((hidden, config.l2), (config.l2, config.l3)):
+        outputs = 2 * hidden if config.bidirectional else hidden
+        for inputs, units in ((outputs, config.l2), (config.l2, config.l3)):
             layers += [nn.Linear(inputs, units), nn.BatchNorm1d(units), nn.ReLU()]
             layers += [nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(config.l3, num_classes))
@@ -137,8 +160,8 @@ class RowRNN(nn.Module):
         # cuDNN would compute in float16 under CUDA's autocast, without scaling the loss.
         on_gpu = rows.device.type == "cuda"
         with torch.autocast("cuda", enabled=False) if on_gpu else contextlib.nullcontext():
-            outputs, _ = self.recurrent(rows)  # (B, H, hidden_size)
-        return self.mlp(outputs[:, -1])
+            outputs, _ = self.recurrent(rows)  # (B, H, hidden_size), or of two directions
+        return self.mlp(outputs.mean(1) if self.pooling == "mean" else outputs[:, -1])
 
 
 def make_model(config: Config, cell: str, data: datasets.ImageData) -> RowRNN:
@@ -172,7 +195,9 @@ def step_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, validation_l
         scheduler.step()
 
 
-loss_function = F.cross_entropy
+def training_loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """Cross-entropy with `--label-smoothing`; what is measured on other images has none."""
+    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
 
 def autocast(config: Config) -> torch.autocast:
@@ -213,44 +238,20 @@ def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Augment float images `(B, C, H, W)` in [0, 1], each with its own parameters.
 
     `original` is what the public version of this experiment meant to do; `standard` mirrors and
-    shifts by up to a sixteenth of the side (two pixels of 32).
+    shifts by up to a sixteenth of the side (two pixels of 32); `strong` shifts by up to an eighth
+    and cuts out a square of a quarter of the side.
     """
     if kind == "original":
         images = augment.random_horizontal_flip(images, 0.5, generator)
         images = augment.random_horizontal_flip(images.mT, 0.5, generator).mT  # vertical
-        images = random_rotation(images, 90, generator)
+        images = augment.random_rotation(images, 90, generator)
         return augment.color_jitter(images, 0.5, 0.5, 0.5, 0.5, generator=generator)
-    if kind == "standard":
+    if kind in ("standard", "strong"):
+        side = images.shape[-1]
         images = augment.random_horizontal_flip(images, 0.5, generator)
-        return random_shift(images, max(1, images.shape[-1] // 16), generator)
-    return images
-
-
-def random_rotation(images: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
-    """Rotate each image by an angle in [-degrees, degrees], nearest pixel, black outside."""
-    count, _, height, width = images.shape
-    draws = torch.rand(count, generator=generator, device=images.device)
-    angle = (2 * draws - 1) * math.radians(degrees)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    # affine_grid's coordinates run from -1 to 1 along both sides, whatever their lengths.
-    top = torch.stack((cos, -sin * height / width, zero), 1)  # (B, 3)
-    bottom = torch.stack((sin * width / height, cos, zero), 1)  # (B, 3)
-    matrices = torch.stack((top, bottom), 1)  # (B, 2, 3)
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)  # (B, H, W, 2)
-    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
-
-
-def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `most` pixels in both directions, black outside."""
-    height, width = images.shape[2:]
-    padded = F.pad(images, (most,) * 4)
-    draws = torch.rand(2, len(images), 1, generator=generator, device=images.device)
-    start = (draws * (2 * most + 1)).long()  # (2, B, 1)
-    y = start[0] + torch.arange(height, device=images.device)  # (B, H)
-    x = start[1] + torch.arange(width, device=images.device)  # (B, W)
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    shifted = padded.permute(0, 2, 3, 1)[sample, y[:, :, None], x[:, None, :]]  # (B, H, W, C)
-    return shifted.permute(0, 3, 1, 2)
+        most = max(1, side // (16 if kind == "standard" else 8))
+        images = augment.random_shift(images, most, generator)
+    return augment.random_cutout(images, side // 4, generator) if kind == "strong" else images
 
 
 class Batches:
@@ -300,7 +301,7 @@ def evaluate(model: nn.Module, split: datasets.Split) -> tuple[float, Tensor]:
         for images in split.images.split(1000):
             parts.append(model(rows_from_images(split.normalize(images))))  # (B, K)
     logits = torch.cat(parts).float()  # (N, K)
-    return loss_function(logits, split.labels).item(), logits.argmax(1)
+    return F.cross_entropy(logits, split.labels).item(), logits.argmax(1)
 
 
 def train(
@@ -348,7 +349,7 @@ def train(
             for rows, labels in batches:
                 with autocast(config):
                     logits = model(rows)  # (B, K)
-                    loss = loss_function(logits, labels)
+                    loss = training_loss(logits, labels, config)
                 losses.add(loss)
                 optimizer.zero_grad()
                 loss.backward()
@@ -474,7 +475,8 @@ def read_best(path: str) -> Config:
     training = ("learning_rate", "weight_decay", "batch_size", "augmentation")
     for name in ("cell", *model, *training):
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
-    decided = {name: best[name] for name in model + training}
+    wide = ("pooling", "bidirectional", "recurrent_init", "label_smoothing", "schedule")
+    decided = {name: best[name] for name in (*model, *training, *wide) if name in best}
     try:
         return Config(config=path, cells=best["cell"], **decided)
     except UserError as error:

@@ -46,6 +46,15 @@ SPACE: dict[str, Any] = {
     "weight_decay": (5e-4, 1e-1),  # logarithmic
     "batch_size": [32, 64, 128, 256],
 }
+# What later levers of rnn.py bring to the search.
+WIDE: dict[str, Any] = {
+    "pooling": ["last", "mean"],
+    "bidirectional": [False, True],
+    "recurrent_init": ["uniform", "orthogonal"],
+    "augmentation": ["standard", "strong"],
+    "label_smoothing": [0.0, 0.1],
+    "schedule": ["plateau", "cosine"],
+}
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,23 @@ class Config(sweep.SweepConfig):
     SCRIPT = "rnn_hyperparameter_tune"
 
     cell: Literal["rnn", "lstm", "gru"] = setting("gru", "sweep", "which cell to tune")
+    space: Literal["original", "wide"] = setting(
+        "original", "sweep", "what is searched; wide: also pooling, directions, views and so on"
+    )
     train_fraction: float = setting(1.0, "sweep", "share of the training images to use")
-    augmentation: Literal["none", "original", "standard"] = setting(
-        "standard", "sweep", "as in rnn.py"
+    augmentation: Literal["none", "original", "standard", "strong"] = setting(
+        "standard", "sweep", "as in rnn.py, where it is not searched"
     )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
+
+    @property
+    def search_space(self) -> dict[str, Any]:
+        """The values of each setting that is searched; a pair is a range, on a log scale."""
+        return SPACE | WIDE if self.space == "wide" else SPACE
 
     def shared_with_rnn(self) -> dict[str, Any]:
         """The settings that a trial takes over: data, device, precision, seed and so on."""
@@ -73,15 +90,15 @@ class Config(sweep.SweepConfig):
 
 
 def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
-    """The `rnn.Config` of a trial: all seven parameters drawn from `SPACE`."""
+    """The `rnn.Config` of a trial: all parameters drawn from the search space."""
     drawn: dict[str, Any] = {}
-    for name, choices in SPACE.items():
+    for name, choices in config.search_space.items():
         if isinstance(choices, tuple):
             drawn[name] = trial.suggest_float(name, *choices, log=True)
         else:
             drawn[name] = trial.suggest_categorical(name, choices)
-    shared = config.shared_with_rnn()
-    return rnn.Config(**shared, **drawn, cells=config.cell, epochs=config.max_epochs)
+    decided = {**config.shared_with_rnn(), **drawn}
+    return rnn.Config(**decided, cells=config.cell, epochs=config.max_epochs)
 
 
 def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
@@ -136,7 +153,7 @@ def make_module(
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             """The loss of one batch; stops the trial when it is not finite."""
             rows, labels = batch
-            loss = rnn.loss_function(self.model(rows), labels)
+            loss = rnn.training_loss(self.model(rows), labels, config)
             self.losses.add(loss)
             return loss
 
@@ -231,7 +248,7 @@ def main(config: Config) -> dict[str, Any]:
     fingerprint = data.fingerprint()
     names = ("cell", "image_size", "max_epochs", "train_fraction", "augmentation", "seed")
     about = {name: getattr(config, name) for name in names}
-    about |= {"data": fingerprint, "space": SPACE}
+    about |= {"data": fingerprint, "space": config.search_space}
     with (
         runs.open_run(config, fingerprint, sweep.FREE_ON_RESUME) as run,
         sweep.open_sweep(config, run.folder, about) as search,
@@ -254,7 +271,7 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         UserError: there are finished trials, and every one failed.
     """
     trials = study.get_trials()
-    rows = sweep.trial_rows(trials, "validation_loss", list(SPACE))
+    rows = sweep.trial_rows(trials, "validation_loss", list(config.search_space))
     folder = run.folder
     files.write_csv(folder / "trials.csv", rows)
     for row in rows:
@@ -267,8 +284,8 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         return {}
     best = {
         "cell": config.cell,
-        **complete[0].params,
         "augmentation": config.augmentation,
+        **complete[0].params,
         "validation_loss": complete[0].value,
         "trial": complete[0].number,
         "trials": sum(map(sweep.is_finished, trials)),

@@ -60,6 +60,10 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
         0.06, "training", "peak; sgd and lars multiply it by batch size / 256, adam does not"
     )
     temperature: float = setting(0.5, "training", "temperature of NT-Xent")
+    loss: Literal["nt-xent", "dcl"] = setting(
+        "nt-xent", "training", "dcl: an anchor's own views are left out of its denominator"
+    )
+    views: int = setting(2, "views", "views of each image, all of which attract each other")
 
     finetune_epochs: int = setting(20, "evaluation", "epochs of fine-tuning")
     embedding: Literal["tsne", "umap"] = setting("tsne", "evaluation", "map of the embed stage")
@@ -71,6 +75,7 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
             1e-4 <= self.temperature <= 1e4,
             f"--temperature must be in [0.0001, 10000], not {self.temperature}",
         )
+        require(2 <= self.views <= 64, f"--views must be in [2, 64], not {self.views}")
         for name in ("projection_hidden", "projection_size", "finetune_epochs"):
             good = 1 <= getattr(self, name) <= 10**6
             require(good, f"{settings.flag(name)} must be at least 1, at most 1,000,000")
@@ -105,52 +110,71 @@ class SimCLR(nn.Module):
 
 
 def nt_xent_loss(
-    z: Tensor, temperature: float, everyone: Tensor | None = None, rows: Tensor | None = None
+    z: Tensor,
+    temperature: float,
+    everyone: Tensor | None = None,
+    rows: Tensor | None = None,
+    views: int = 2,
+    decoupled: bool = False,
 ) -> Tensor:
     """NT-Xent, equation 1 of the paper, averaged over all anchors.
 
+    With V > 2 views each anchor has V - 1 positives: for anchor i the loss is log sum_k exp(s_ik)
+    over all k but i, less the mean of s_ip over its positives p (Khosla et al. 2020, equation 2,
+    with images for classes). Of two views that is equation 1.
+
     Args:
-        z: `(2B, D)`, the embeddings of the first views, then of the second views.
+        z: `(V B, D)`, the embeddings of the first views, then of the second views, and so on.
         temperature: positive.
-        everyone: with several processes, whose anchors `z` `(2b, D)` are a part of: the embeddings
-            `(2B, D)` of all of them, with gradients.
-        rows: `(2b,)`, the positions of `z` in `everyone`.
+        everyone: with several processes, whose anchors `z` `(V b, D)` are a part of: the embeddings
+            `(V B, D)` of all of them, with gradients.
+        rows: `(V b,)`, the positions of `z` in `everyone`.
+        views: V.
+        decoupled: leave all views of an anchor's own image out of its denominator, not only itself
+            (DCL, Yeh et al. 2022, equation 6).
 
     Returns:
-        A scalar, in float32 also under autocast; log(2B - 1) when all embeddings are equal.
+        A scalar, in float32 also under autocast; when all embeddings are equal log(V B - 1), if
+        decoupled log(V B - V).
 
     Raises:
-        UserError: an odd number of rows, or a temperature that is not positive.
+        UserError: rows that are not V for each image, or a temperature that is not positive.
     """
     require(temperature > 0, f"the temperature must be positive, not {temperature}")
-    pairs = z.ndim == 2 and len(z) > 0 and len(z) % 2 == 0
-    require(pairs, f"z must be (2B, D), not {tuple(z.shape)}")
+    whole = z.ndim == 2 and len(z) > 0 and len(z) % views == 0
+    require(whole, f"z must be ({views}B, D), not {tuple(z.shape)}")
     alone = everyone is None or everyone is z
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
         everyone = z if alone else F.normalize(everyone.float(), dim=1)
-        partners = everyone.roll(len(everyone) // 2, 0)  # (2B, D); the pairs are i, i + B
+        images = len(everyone) // views  # B; the views of image i are i, i + B, i + 2B, ...
+        others = [everyone.roll(shift * images, 0) for shift in range(1, views)]
+        partners = torch.stack(others).sum(0)  # (V B, D)
         if rows is None:
             rows = torch.arange(len(z), device=z.device)
         elif not alone:
             partners = partners[rows]
-        positive = (z * partners).sum(1) / temperature  # (2b,)
-        # An anchor is not its own negative; the positive stays in the denominator, once.
-        denominator = LogSumExp.apply(z / temperature, everyone, rows)  # (2b,)
+        positive = (z * partners).sum(1) / (temperature * (views - 1))  # (V b,)
+        # An anchor is not its own negative; the positives stay in the denominator, once each.
+        left_out = rows[:, None]  # (V b, 1)
+        if decoupled:
+            own = torch.arange(views, device=z.device) * images
+            left_out = (left_out + own) % len(everyone)  # (V b, V)
+        denominator = LogSumExp.apply(z / temperature, everyone, left_out)  # (V b,)
         return denominator.mean() - positive.mean()
 
 
 class LogSumExp(torch.autograd.Function):
-    """log of the sum of exp(a_i . e_k) over all k but `rows[i]`; `a` `(2b, D)`, `e` `(2B, D)`.
+    """log of the sum of exp(a_i . e_k) over all k but `left_out[i]`; `a` `(n, D)`, `e` `(N, D)`.
 
-    As `(a @ e.T).scatter(1, rows[:, None], -inf).logsumexp(1)`, but with one matrix `(2b, 2B)`
-    instead of four: it becomes its own gradient in place.
+    As `(a @ e.T).scatter(1, left_out, -inf).logsumexp(1)`, but with one matrix `(n, N)` instead of
+    four: it becomes its own gradient in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, e: Tensor, rows: Tensor) -> Tensor:
-        """`(2b,)`."""
-        similarity = (a @ e.T).scatter_(1, rows[:, None], -torch.inf)  # (2b, 2B)
+    def forward(ctx: Any, a: Tensor, e: Tensor, left_out: Tensor) -> Tensor:
+        """`(n,)`."""
+        similarity = (a @ e.T).scatter_(1, left_out, -torch.inf)  # (n, N)
         result = torch.cat([part.logsumexp(1) for part in similarity.split(256)])
         ctx.save_for_backward(a, e, similarity, result)
         return result
@@ -160,7 +184,7 @@ class LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """The gradients of `a` and `e`; the matrix is spent afterwards."""
         a, e, similarity, result = ctx.saved_tensors
-        weight = similarity.sub_(result[:, None]).exp_().mul_(gradient[:, None])  # (2b, 2B)
+        weight = similarity.sub_(result[:, None]).exp_().mul_(gradient[:, None])  # (n, N)
         return weight @ e, weight.T @ a, None
 
 
@@ -191,20 +215,23 @@ def pretrain(
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
-    training = pretraining.Pretraining(model, optimizer, data.train, config, run, fabric, monitor)
+    training = pretraining.Pretraining(
+        model, optimizer, data.train, config, run, fabric, monitor, views=config.views
+    )
     compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
     network, stepper = fabric.setup(compiled(model), optimizer)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(nt_xent_loss)
     for epoch in training.epochs():
         for step, images, generator in training.batches(epoch):
             optimizer.param_groups[0]["lr"] = training.rate(peak, step)
-            pairs = images.repeat(2, 1, 1, 1)  # (2b, C, H, W), first views, then second views
-            drawn = pretraining.draw_views(pairs, config, generator)
-            views = apply_views(pairs, drawn, config.view_side(epoch))  # (2b, C, H, W), in [0, 1]
+            copies = images.repeat(config.views, 1, 1, 1)  # (V b, C, H, W), first views first
+            drawn = pretraining.draw_views(copies, config, generator)
+            views = apply_views(copies, drawn, config.view_side(epoch))  # (V b, C, H, W) in [0, 1]
             views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
-            z = network(views)  # (2b, D)
-            everyone = training.share.gather(z)  # (2B, D), of all processes
-            loss = loss_function(z, config.temperature, everyone, training.share.rows)
+            z = network(views)  # (V b, D)
+            everyone = training.share.gather(z)  # (V B, D), of all processes
+            rows, decoupled = training.share.rows, config.loss == "dcl"
+            loss = loss_function(z, config.temperature, everyone, rows, config.views, decoupled)
             training.record(loss, z)
             stepper.zero_grad()
             fabric.backward(loss)

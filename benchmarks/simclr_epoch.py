@@ -4,8 +4,8 @@
     python benchmarks/simclr_epoch.py --stem cifar --batch-size 256
     python benchmarks/simclr_epoch.py --batch-size 64 --steps 2         # noise, seconds
 
-ResNet18, Adam, the original's views. Ours runs twice: in the precision that the processor is fast at,
-and in float32, as on an older one. `original`: PIL transforms in a DataLoader without workers,
+ResNet18, Adam, the original's views. Ours runs twice: in the precision that the processor is fast
+at, and in float32, as on an older one. `original`: PIL transforms in a DataLoader without workers,
 plain Adam in float32. `lightly`: its documented example with its own transform, loss and SGD, a
 DataLoader with a worker per core. Ours is simclr.py's own `pretrain`. Each runs in a process of its
 own for `--steps` steps after one to warm up; seconds are for 50,000 images. Beside them stand the
@@ -39,9 +39,7 @@ def load(dataset: str | None, count: int) -> Any:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=noise)
 
 
-def ours(
-    dataset: str | None, stem: str, batch: int, steps: int, precision: str = "auto"
-) -> float:
+def ours(dataset: str | None, stem: str, batch: int, steps: int, precision: str = "auto") -> float:
     """Seconds per step of simclr.py, its bookkeeping at the end of an epoch included."""
     import torch
 

@@ -328,3 +328,46 @@ def gaussian_blur(
     """Blur each image with probability `p` and its own sigma, uniform in the range `sigma`."""
     drawn = draw_gaussian_blur(images, sigma, p, generator)
     return apply_gaussian_blur(images, drawn, kernel_size)
+
+
+def random_rotation(images: Tensor, degrees: float, generator: Generator) -> Tensor:
+    """Rotate each image by an angle in [-degrees, degrees], nearest pixel, black outside."""
+    count, _, height, width = images.shape
+    draws = uniform_numbers((count,), generator, images.device)
+    angle = (2 * draws - 1) * math.radians(degrees)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    # affine_grid's coordinates run from -1 to 1 along both sides, whatever their lengths.
+    top = torch.stack((cos, -sin * height / width, zero), 1)  # (B, 3)
+    bottom = torch.stack((sin * width / height, cos, zero), 1)  # (B, 3)
+    matrices = torch.stack((top, bottom), 1)  # (B, 2, 3)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)  # (B, H, W, 2)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+def random_shift(images: Tensor, most: int, generator: Generator) -> Tensor:
+    """Shift each image by up to `most` pixels in both directions, black outside."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (most,) * 4)
+    draws = uniform_numbers((2, len(images), 1), generator, images.device, sample_dim=1)
+    start = (draws * (2 * most + 1)).long()  # (2, B, 1)
+    y = start[0] + torch.arange(height, device=images.device)  # (B, H)
+    x = start[1] + torch.arange(width, device=images.device)  # (B, W)
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    shifted = padded.permute(0, 2, 3, 1)[sample, y[:, :, None], x[:, None, :]]  # (B, H, W, C)
+    return shifted.permute(0, 3, 1, 2)
+
+
+def random_cutout(images: Tensor, side: int, generator: Generator) -> Tensor:
+    """Put a grey square of `side` pixels into each image, centred anywhere in it.
+
+    What lies outside the image is cut off (DeVries & Taylor 2017, section 3.2).
+    """
+    height, width = images.shape[2:]
+    draws = uniform_numbers((2, len(images), 1), generator, images.device, sample_dim=1)
+    inside = []
+    for centre, length in zip(draws, (height, width), strict=True):
+        start = (centre * length).long() - side // 2  # (B, 1)
+        where = torch.arange(length, device=images.device)
+        inside.append((where >= start) & (where < start + side))  # (B, length)
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]  # (B, 1, H, W)
+    return torch.where(hole, 0.5, images)

@@ -83,6 +83,9 @@ class PretrainingConfig(settings.TrainingConfig):
     grayscale_probability: float = setting(0.1, "views", "probability of losing the colours")
     blur_probability: float = setting(0.0, "views", "probability of a 3x3 Gaussian blur")
 
+    evaluate_on: Literal["test", "validation"] = setting(
+        "test", "evaluation", "validation: a tenth of the training images, to choose settings by"
+    )
     probe_epochs: int = setting(100, "evaluation", "epochs of the linear probe")
     few_labels: int = setting(10, "evaluation", "labels per class of the few-label score; 0: none")
     pixel_baseline: bool = setting(False, "evaluation", "also probe the raw pixels, to compare")
@@ -222,33 +225,35 @@ class Share:
     """This process's part of each batch, among `fabric.world_size` processes.
 
     Together they compute what one process would: `part` are the places of its `b` images in a batch
-    of B, `rows` `(2b,)` those of their two views among all 2B, all first views, then all second.
+    of B, `rows` `(V b,)` those of their V views among all V B, all first views, then all second.
     """
 
-    def __init__(self, fabric: Any, batch_size: int):
-        self.fabric, self.batch_size = fabric, batch_size
+    def __init__(self, fabric: Any, batch_size: int, views: int = 2):
+        self.fabric, self.batch_size, self.views = fabric, batch_size, views
         size = batch_size // fabric.world_size
         self.part = slice(fabric.global_rank * size, (fabric.global_rank + 1) * size)
-        part = torch.arange(batch_size)[self.part]
-        self.rows = torch.cat((part, part + batch_size)).to(fabric.device)  # (2b,)
+        rows = torch.arange(views * batch_size).view(views, batch_size)
+        self.rows = rows[:, self.part].flatten().to(fabric.device)  # (V b,)
 
     def generator(self, generator: torch.Generator) -> augment.Generator:
         """A generator that draws for this process's views what `generator` draws for them."""
         if self.fabric.world_size == 1:
             return generator
-        return augment.Shard(generator, self.rows.to(generator.device), 2 * self.batch_size)
+        return augment.Shard(
+            generator, self.rows.to(generator.device), self.views * self.batch_size
+        )
 
     def gather(self, z: Tensor) -> Tensor:
-        """The embeddings `(2B, D)` of all processes, in one process's order, with gradients.
+        """The embeddings `(V B, D)` of all processes, in one process's order, with gradients.
 
         Args:
-            z: `(2b, D)`, this process's; they are the rows `self.rows` of the result.
+            z: `(V b, D)`, this process's; they are the rows `self.rows` of the result.
         """
         if self.fabric.world_size == 1:
             return z
-        # (processes, 2b, D): the backward pass sums the gradients that all processes have for z
+        # (processes, V b, D): the backward pass sums the gradients that all processes have for z
         parts = self.fabric.all_gather(z, sync_grads=True)
-        parts = parts.unflatten(1, (2, -1)).transpose(0, 1)  # (2, processes, b, D)
+        parts = parts.unflatten(1, (self.views, -1)).transpose(0, 1)  # (V, processes, b, D)
         return parts.flatten(0, 2)
 
 
@@ -272,6 +277,7 @@ class Pretraining:
         fabric: Lightning Fabric.
         monitor: with `measure(encoder, z, epoch, last)`, more columns for a row.
         collapse_loss: a loss below this in the first tenth of the epochs is a sign of collapse.
+        views: of each image.
     """
 
     def __init__(
@@ -284,11 +290,12 @@ class Pretraining:
         fabric: Any,
         monitor: Any,
         collapse_loss: float = -math.inf,
+        views: int = 2,
     ):
         self.model, self.optimizer, self.train = model, optimizer, train
         self.config, self.run, self.fabric = config, run, fabric
         self.monitor, self.collapse_loss = monitor, collapse_loss
-        self.share = Share(fabric, config.batch_size)
+        self.share = Share(fabric, config.batch_size, views)
         self.steps = len(train) // config.batch_size  # a smaller last batch is left out
         self.history: list[dict[str, Any]] = []
         self._collapsed = False
@@ -330,7 +337,7 @@ class Pretraining:
         """The step's number, from 0 over all epochs, this process's images, and a generator.
 
         The images are uint8 `(b, C, H, W)`, on the device; one process has b = B. The generator is
-        for two views of each, on the images' device, or with `host` on the CPU: for numbers that
+        for the views of each, on the images' device, or with `host` on the CPU: for numbers that
         steer the host, which would wait for the device to tell them.
         """
         device, seed, size = self.fabric.device, self.config.seed, self.config.batch_size
@@ -455,6 +462,8 @@ def run_experiment(
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
+    if config.evaluate_on == "validation":
+        data = data.for_choosing()
     processes, nodes = devices.process_layout(config)
     check_fit(config, data, processes * nodes)
     fabric = devices.make_fabric(config.device, config.precision, processes, nodes)

@@ -113,19 +113,29 @@ class Gates(torch.autograd.Function):
 def _layers(module: nn.RNNBase, images: Tensor, recurrence: Any) -> tuple[Tensor, Tensor]:
     outputs, last = images.transpose(0, 1), []  # (T, B, I)
     for layer in range(module.num_layers):
-        weight_ih, weight_hh, bias_ih, bias_hh = (
-            getattr(module, f"{name}_l{layer}")
-            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        if recurrence is Tanh:
-            projected = F.linear(outputs, weight_ih, bias_ih + bias_hh)
-            outputs = Tanh.apply(projected, weight_hh)
-        else:
-            outside, inside = bias_hh.split([2 * module.hidden_size, module.hidden_size])
-            bias = bias_ih + F.pad(outside, (0, module.hidden_size))
-            outputs = Gates.apply(F.linear(outputs, weight_ih, bias), weight_hh, inside)
-        last.append(outputs[-1])
+        directions = []
+        for suffix in ("", "_reverse")[: 1 + module.bidirectional]:
+            weights = [
+                getattr(module, f"{name}_l{layer}{suffix}")
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ]
+            inputs = outputs.flip(0) if suffix else outputs
+            states = _direction(module.hidden_size, inputs, weights, recurrence)  # (T, B, H)
+            last.append(states[-1])
+            directions.append(states.flip(0) if suffix else states)
+        outputs = torch.cat(directions, 2) if module.bidirectional else states
+        if module.training and module.dropout and layer + 1 < module.num_layers:
+            outputs = F.dropout(outputs, module.dropout)
     return outputs.transpose(0, 1), torch.stack(last)
+
+
+def _direction(hidden: int, rows: Tensor, weights: list[Tensor], recurrence: Any) -> Tensor:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    if recurrence is Tanh:
+        return Tanh.apply(F.linear(rows, weight_ih, bias_ih + bias_hh), weight_hh)
+    outside, inside = bias_hh.split([2 * hidden, hidden])
+    bias = bias_ih + F.pad(outside, (0, hidden))
+    return Gates.apply(F.linear(rows, weight_ih, bias), weight_hh, inside)
 
 
 def _by_hand(rows: Tensor) -> bool:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
+from torchvision.transforms import ColorJitter, GaussianBlur, InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import rotate
 from torchvision.transforms.v2 import functional as reference
 
 from support import augment
@@ -347,3 +348,34 @@ def test_blur_sigma_is_distributed_as_torchvisions():
     torch.manual_seed(1)
     theirs = [GaussianBlur.get_params(0.3, 2.0) for _ in range(2000)]
     assert stats.ks_2samp(ours, theirs).pvalue > 0.001
+
+
+@pytest.mark.parametrize("angle", [-90.0, -31.0, 45.0])
+def test_rotation_equals_torchvisions(monkeypatch, angle):
+    drawn = torch.tensor([(angle / 90 + 1) / 2])
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: drawn)
+    image = torch.linspace(0.1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    ours = augment.random_rotation(image, 90, torch.Generator())
+    theirs = [
+        rotate(image, sign * angle, InterpolationMode.NEAREST, expand=False) for sign in (1, -1)
+    ]
+    # Nearest pixels at exact halves may fall either way; the direction is a convention.
+    assert max(((ours - their).abs() < 1e-6).float().mean() for their in theirs) > 0.98
+
+
+def test_cutout_greys_a_square_centred_anywhere_in_each_image():
+    images = torch.rand(4000, 2, 6, 9) / 4
+    views = augment.random_cutout(images, 4, torch.Generator().manual_seed(0))
+    seen = set()
+    for image, view in zip(images, views, strict=True):
+        changed = (view != image).any(0)
+        assert torch.equal(view[:, changed], torch.full_like(view[:, changed], 0.5))
+        rows, columns = changed.any(1).nonzero()[:, 0], changed.any(0).nonzero()[:, 0]
+        assert changed.sum() == len(rows) * len(columns)  # a rectangle
+        seen.add((rows[0].item(), rows[-1].item(), columns[0].item(), columns[-1].item()))
+    # A square of 4 around each pixel (y, x) begins two before it and is cut at the border.
+    assert seen == {
+        (max(0, y - 2), min(5, y + 1), max(0, x - 2), min(8, x + 1))
+        for y in range(6)
+        for x in range(9)
+    }

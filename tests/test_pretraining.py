@@ -145,6 +145,19 @@ def test_each_strength_of_the_jitter_changes_one_thing(name):
     assert 1.35 < middle.max() <= 1.4
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_compiled_views_equal_eager_ones(channels):
+    config = Config(
+        **{"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_probability": 0.5},
+        **{"grayscale_probability": 0.5, "blur_probability": 0.5},
+    )
+    images = noise(64)[:, :channels]
+    drawn = pretraining.draw_views(images, config, seeded())
+    compiled = torch.compile(pretraining.apply_views, backend="aot_eager", fullgraph=True)
+    expected = pretraining.apply_views(images, drawn, 6)
+    torch.testing.assert_close(compiled(images, drawn, 6), expected, rtol=0, atol=1e-5)
+
+
 def test_crop_only_leaves_the_colours():
     images, loud = noise(20), dict.fromkeys(OFF, 1.0)
     plain = views_of(images, crop_scale_min=0.3, flip_probability=1.0)

@@ -9,24 +9,26 @@ from support import recurrent
 KINDS = {"rnn": (recurrent.RNN, nn.RNN), "gru": (recurrent.GRU, nn.GRU)}
 
 
-def pair(kind, layers, size=12, hidden=20):
+def pair(kind, layers, size=12, hidden=20, **options):
     torch.manual_seed(0)
-    module, other = (make(size, hidden, layers, batch_first=True) for make in KINDS[kind])
+    module, other = (
+        make(size, hidden, layers, batch_first=True, **options) for make in KINDS[kind]
+    )
     other.load_state_dict(module.state_dict())
     return module, other, torch.randn(7, 9, size)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_passes_by_hand_equal_pytorchs_in_float32(monkeypatch, kind, layers):
-    module, other, rows = pair(kind, layers)
+def test_the_passes_by_hand_equal_pytorchs_in_float32(monkeypatch, kind, layers, both):
+    module, other, rows = pair(kind, layers, bidirectional=both)
     ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
     expected, expected_last = other(theirs)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)  # by hand, unrounded
     recurrence = {"rnn": recurrent.Tanh, "gru": recurrent.Gates}[kind]
     with mock.patch.object(recurrence, "apply", wraps=recurrence.apply) as by_hand:
         outputs, last = module(ours)
-    assert by_hand.call_count == layers
+    assert by_hand.call_count == layers * (1 + both)
     torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(last, expected_last, atol=1e-6, rtol=1e-5)
     weights = torch.randn_like(outputs)  # a gradient for every step, and one for the last states
@@ -66,3 +68,16 @@ def test_evaluation_is_the_same_forward_pass(kind):
         outputs, _ = module(rows)
         with torch.no_grad():
             assert torch.equal(module(rows)[0], outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_between_the_layers_and_in_training_only(monkeypatch, kind):
+    module, other, rows = pair(kind, 2, dropout=0.5)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    torch.testing.assert_close(module.eval()(rows)[0], other.eval()(rows)[0])
+    first, second = (module.train()(rows) for _ in range(2))
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[1][0], second[1][0])  # of the first layer
+    module.dropout = 1.0
+    output, _ = module(rows)  # which sees nothing of the images
+    torch.testing.assert_close(output, output[:1].expand_as(output))

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.transforms.functional import InterpolationMode, rotate
 
 import functions
 import rnn
@@ -68,36 +67,46 @@ def weights_hash(folder: Path) -> str:
 # ---------------------------------------------------------------------- the model and its training
 
 
-def last_output(cell: str, weights: dict, layers: int, rows: torch.Tensor) -> torch.Tensor:
-    """The last row's output `(B, hidden_size)`, by the equations in PyTorch's documentation."""
-    for layer in range(layers):
-        w_i, w_h, b_i, b_h = (
-            weights[f"recurrent.{kind}_l{layer}"]
-            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        h = c = rows.new_zeros(len(rows), w_h.shape[1])
-        outputs = []
-        for x in rows.unbind(1):
-            inputs, products = x @ w_i.T + b_i, h @ w_h.T + b_h
-            if cell == "rnn":
-                h = torch.tanh(inputs + products)
-            elif cell == "lstm":
-                i, f, g, o = (inputs + products).chunk(4, 1)
-                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                h = o.sigmoid() * c.tanh()
-            else:
-                (r, z, n), (r_h, z_h, n_h) = inputs.chunk(3, 1), products.chunk(3, 1)
-                z = (z + z_h).sigmoid()
-                h = (1 - z) * torch.tanh(n + (r + r_h).sigmoid() * n_h) + z * h
-            outputs.append(h)
-        rows = torch.stack(outputs, 1)
-    return rows[:, -1]
+def naive_states(cell: str, weights: list, rows: torch.Tensor) -> torch.Tensor:
+    """The outputs `(B, T, hidden_size)`, by the equations in PyTorch's documentation."""
+    w_i, w_h, b_i, b_h = weights
+    h = c = rows.new_zeros(len(rows), w_h.shape[1])
+    outputs = []
+    for x in rows.unbind(1):
+        inputs, state = F.linear(x, w_i, b_i), F.linear(h, w_h, b_h)
+        if cell == "rnn":
+            h = torch.tanh(inputs + state)
+        elif cell == "lstm":
+            i, f, g, o = (inputs + state).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        else:
+            (r, z, n), (r_h, z_h, n_h) = inputs.chunk(3, 1), state.chunk(3, 1)
+            r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
+            h = (1 - z) * torch.tanh(n + r * n_h) + z * h
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def pooled_output(config: rnn.Config, cell: str, weights: dict, rows: torch.Tensor) -> torch.Tensor:
+    """What the MLP sees; the second direction reads the rows from the last to the first."""
+    for layer in range(config.num_layers):
+        directions = []
+        for suffix in ("", "_reverse") if config.bidirectional else ("",):
+            own = [
+                weights[f"recurrent.{kind}_l{layer}{suffix}"]
+                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ]
+            order = slice(None) if suffix == "" else list(reversed(range(rows.shape[1])))
+            directions.append(naive_states(cell, own, rows[:, order])[:, order])
+        rows = torch.cat(directions, 2)
+    return rows.mean(1) if config.pooling == "mean" else rows[:, -1]
 
 
 def naive_logits(
     config: rnn.Config, cell: str, weights: dict, rows: torch.Tensor, training: bool
 ) -> torch.Tensor:
-    x = last_output(cell, weights, config.num_layers, rows)
+    x = pooled_output(config, cell, weights, rows)
     for linear, norm in ((0, 1), (4, 5)):
         x = F.linear(x, weights[f"mlp.{linear}.weight"], weights[f"mlp.{linear}.bias"])
         statistics = [weights[f"mlp.{norm}.running_{name}"] for name in ("mean", "var")]
@@ -127,7 +136,9 @@ def naive_training(
             for name in learned:
                 weights[name] = weights[name].detach().requires_grad_()
             logits = naive_logits(config, cell, weights, rows[index], training=True)
-            loss = F.cross_entropy(logits, train.labels[index])
+            smoothed = F.one_hot(train.labels[index], 3) * (1 - config.label_smoothing)
+            smoothed = smoothed + config.label_smoothing / 3
+            loss = -(smoothed * logits.log_softmax(1)).sum(1).mean()
             gradients = torch.autograd.grad(loss, [weights[name] for name in learned])
             step += 1
             for name, gradient in zip(learned, gradients, strict=True):
@@ -153,11 +164,17 @@ def naive_training(
 
 
 @pytest.mark.parametrize(
-    ("cell", "schedule"), [("lstm", "plateau"), ("gru", "plateau"), ("rnn", "cosine")]
+    ("cell", "schedule", "others"),
+    [
+        ("lstm", "plateau", {"label_smoothing": 0.2}),
+        ("gru", "plateau", {}),
+        ("rnn", "cosine", {"pooling": "mean", "bidirectional": True}),
+    ],
 )
-def test_training_equals_a_naive_loop(tmp_path, monkeypatch, cell, schedule):
+def test_training_equals_a_naive_loop(tmp_path, monkeypatch, cell, schedule, others):
     config = small_config(
         tmp_path,
+        **others,
         cells=cell,
         schedule=schedule,
         patience=1,
@@ -251,19 +268,6 @@ def test_rows_are_red_then_green_then_blue():
             assert rows[i, r].tolist() == expected
 
 
-@pytest.mark.parametrize("angle", [-90.0, -31.0, 45.0])
-def test_rotation_equals_torchvisions(monkeypatch, angle):
-    drawn = torch.tensor([(angle / 90 + 1) / 2])
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: drawn)
-    image = torch.linspace(0.1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
-    ours = rnn.random_rotation(image, 90, torch.Generator())
-    theirs = [
-        rotate(image, sign * angle, InterpolationMode.NEAREST, expand=False) for sign in (1, -1)
-    ]
-    # Nearest pixels at exact halves may fall either way; the direction is a convention.
-    assert max(((ours - their).abs() < 1e-6).float().mean() for their in theirs) > 0.98
-
-
 def test_standard_augmentation_mirrors_and_shifts_each_image():
     image = torch.rand(3, 32, 32) + 1
     views = rnn.augmented(image.repeat(300, 1, 1, 1), "standard", torch.Generator().manual_seed(0))
@@ -277,6 +281,22 @@ def test_standard_augmentation_mirrors_and_shifts_each_image():
     assert len(found) > 45  # of 50
 
 
+def test_strong_augmentation_shifts_further_and_cuts_out(monkeypatch):
+    image = torch.rand(3, 32, 32) + 1
+    views = rnn.augmented(image.repeat(200, 1, 1, 1), "strong", torch.Generator().manual_seed(0))
+    holes = (views == 0.5).all(1)  # (200, 32, 32)
+    assert holes.flatten(1).sum(1).max() == 8 * 8
+    monkeypatch.setattr(augment, "random_cutout", lambda images, side, generator: images)
+    views = rnn.augmented(image.repeat(900, 1, 1, 1), "strong", torch.Generator().manual_seed(0))
+    possible = {}
+    for mirrored in (False, True):
+        padded = F.pad(image.flip(2) if mirrored else image, (4, 4, 4, 4))
+        for y in range(9):
+            for x in range(9):
+                possible[padded[:, y : y + 32, x : x + 32].numpy().tobytes()] = (mirrored, y, x)
+    assert len({possible[view.numpy().tobytes()] for view in views}) > 155  # of 162
+
+
 def test_original_augmentation_flips_both_ways_rotates_and_jitters(monkeypatch):
     asked = []
 
@@ -288,7 +308,7 @@ def test_original_augmentation_flips_both_ways_rotates_and_jitters(monkeypatch):
     images = image.repeat(64, 1, 1, 1)
     views = rnn.augmented(images, "original", torch.Generator().manual_seed(0))
     assert len(views.unique(dim=0)) == 64
-    monkeypatch.setattr(rnn, "random_rotation", without_change)
+    monkeypatch.setattr(augment, "random_rotation", without_change)
     monkeypatch.setattr(augment, "color_jitter", without_change)
     views = rnn.augmented(images, "original", torch.Generator().manual_seed(0))
     flips = torch.stack([image, image.flip(1), image.flip(2), image.flip(1, 2)])

@@ -98,6 +98,19 @@ def test_every_value_reaches_the_model_the_optimizer_and_the_loader(tmp_path, di
     assert len(labels) == len(rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in tune.WIDE.items() for value in values]
+)
+def test_the_wide_space_reaches_the_trial_and_its_winner(tmp_path, name, value):
+    first = FIRST | {wide: values[0] for wide, values in tune.WIDE.items()} | {name: value}
+    config = small_config(tmp_path, space="wide", augmentation="none")
+    found = tune.suggest_config(optuna.trial.FixedTrial(first), config)
+    assert {wide: getattr(found, wide) for wide in first} == first
+    (tmp_path / "best.json").write_text(json.dumps({"cell": "rnn", **first}))
+    winner = rnn.read_best(str(tmp_path / "best.json"))
+    assert {wide: getattr(winner, wide) for wide in first} == first
+
+
 def test_a_trial_has_the_settings_of_the_sweep(tmp_path):
     changes = {"seed": 7, "max_epochs": 4, "augmentation": "original", "precision": "bfloat16"}
     config = tune.suggest_config(
@@ -238,7 +251,7 @@ def test_names_with_dollars_are_no_formulas(finished, tmp_path):
 
 
 def test_an_interrupted_sweep_goes_on_with_the_trials_that_are_left(tmp_path, tiny, monkeypatch):
-    configs, step = [], rnn.loss_function
+    configs, step = [], rnn.training_loss
 
     def stopped(*arguments):
         if len(configs) == 2 and configs[-1] is not None:
@@ -250,7 +263,7 @@ def test_an_interrupted_sweep_goes_on_with_the_trials_that_are_left(tmp_path, ti
     monkeypatch.setattr(
         tune, "suggest_config", lambda *a: configs.append(suggest(*a)) or configs[-1]
     )
-    monkeypatch.setattr(rnn, "loss_function", stopped)
+    monkeypatch.setattr(rnn, "training_loss", stopped)
     config = small_config(tmp_path, augmentation="none")
     with pytest.raises(KeyboardInterrupt):
         tune.main(config)
@@ -267,9 +280,9 @@ def test_an_interrupted_sweep_goes_on_with_the_trials_that_are_left(tmp_path, ti
 
 
 def test_a_trial_that_diverges_fails_alone(tmp_path, tiny, monkeypatch):
-    loss, calls = rnn.loss_function, itertools.count(1)
+    loss, calls = rnn.training_loss, itertools.count(1)
     monkeypatch.setattr(
-        rnn, "loss_function", lambda *a: loss(*a) * (float("nan") if next(calls) == 2 else 1)
+        rnn, "training_loss", lambda *a: loss(*a) * (float("nan") if next(calls) == 2 else 1)
     )
     config = small_config(tmp_path)
     assert tune.main(config)["trials"] == 3
@@ -279,7 +292,7 @@ def test_a_trial_that_diverges_fails_alone(tmp_path, tiny, monkeypatch):
 
 
 def test_a_sweep_whose_trials_all_fail_is_a_mistake(tmp_path, tiny, monkeypatch, user_error):
-    monkeypatch.setattr(rnn, "loss_function", lambda *_: torch.tensor(float("inf")))
+    monkeypatch.setattr(rnn, "training_loss", lambda *_: torch.tensor(float("inf")))
     with user_error("all 2 trials failed"):
         tune.main(small_config(tmp_path, trials=2))
 

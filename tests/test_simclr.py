@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from test_pretraining import compute_in_float64, make_data, metrics, noise, state_of, without_times
-from test_simclr_loss import paper_loss
+from test_simclr_loss import loop_over_positives
 
 import few_labels
 import functions
@@ -164,21 +164,23 @@ def pretrain(folder, config, data, fabric, seed=0, model=None):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "projection", "schedule", "rate"),
+    ("optimizer", "projection", "schedule", "rate", "views", "loss"),
     [
-        ("sgd", "nonlinear", "cosine", 3.0),
-        ("adam", "linear", "constant", 0.01),
-        ("sgd", "none", "constant", 3.0),
+        ("sgd", "nonlinear", "cosine", 3.0, 2, "nt-xent"),
+        ("adam", "linear", "constant", 0.01, 3, "nt-xent"),
+        ("sgd", "none", "constant", 3.0, 2, "dcl"),
     ],
 )
 def test_training_equals_algorithm_1(
-    tmp_path, monkeypatch, fabric, optimizer, projection, schedule, rate
+    tmp_path, monkeypatch, fabric, optimizer, projection, schedule, rate, views, loss
 ):
     compute_in_float64(monkeypatch)
     config = small_config(
         optimizer=optimizer,
         projection=projection,
         schedule=schedule,
+        views=views,
+        loss=loss,
         learning_rate=rate,
         temperature=0.17,
         weight_decay=0.05,
@@ -201,15 +203,16 @@ def test_training_equals_algorithm_1(
         generator = devices.epoch_generator(7, epoch, stream=1)
         for step in range(3):
             images = data.train.images[order[8 * step : 8 * step + 8]]
-            views = pretraining.crop_views(torch.cat([images, images]), config, generator)
-            x = (views - mean[:, None, None]) / std[:, None, None]
-            loss = paper_loss(naive_embedding(naive, projection, x), 0.17)
+            x = pretraining.crop_views(torch.cat([images] * views), config, generator)
+            x = (x - mean[:, None, None]) / std[:, None, None]
+            z = naive_embedding(naive, projection, x)
+            value = loop_over_positives(z, 0.17, views, decoupled=loss == "dcl")
             naive.zero_grad()
-            loss.backward()
+            value.backward()
             done = (3 * epoch + step - 3) / 9  # of what follows the warm-up
             height = 1.0 if schedule == "constant" else (1 + math.cos(math.pi * done)) / 2
             update.step(update.peak * ((step + 1) / 3 if epoch == 0 else height))
-            losses.append(loss.item())
+            losses.append(value.item())
     means = np.reshape(losses, (4, 3)).mean(1).tolist()
     assert [row["loss"] for row in history] == pytest.approx(means, rel=1e-6)  # kept in float32
     assert history[0]["loss"] != pytest.approx(history[-1]["loss"], rel=0.01)
@@ -239,6 +242,40 @@ def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabri
     states = [state_of(tmp_path / name) for name in ("whole", "stopped")]
     for name in ("model", "optimizer"):
         assert_same(states[0][name], states[1][name])
+
+
+def test_compiled_training_equals_eager_and_each_continues_the_other(tmp_path, monkeypatch, fabric):
+    compiler = torch.compile
+
+    def traced(part, **options):
+        # With the whole graph or an error; what is traced runs on PyTorch's own kernels.
+        return compiler(part, **{**options, "backend": "aot_eager", "fullgraph": True})
+
+    monkeypatch.setattr(torch, "compile", traced)
+    data, states = make_data(), {}
+    changes = {"jitter_probability": 0.5, "epochs": 2}
+    for first, second in (("off", "off"), ("on", "on"), ("on", "off"), ("off", "on")):
+        folder = tmp_path / f"{first}-{second}"
+        config = small_config(**changes, compile=first)
+        measure = functions.Monitor.measure
+
+        def stop(monitor, encoder, z, epoch, last, measure=measure):
+            if last:
+                raise KeyboardInterrupt
+            return measure(monitor, encoder, z, epoch, last)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(functions.Monitor, "measure", stop)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(folder, config, data, fabric, model=make_model(config))
+        config = dataclasses.replace(config, resume=str(folder), compile=second)
+        _, model = pretrain(folder, config, data, fabric, model=make_model(config))
+        states[folder.name] = copy_of(model)
+    begun = copy_of(make_model(small_config()))["projection_head.0.weight"]
+    moved = (states["off-off"]["projection_head.0.weight"] - begun).abs().max()
+    assert moved > 1e-3
+    for name, state in states.items():  # by rounding, over six steps of a low rate
+        torch.testing.assert_close(state, states["off-off"], rtol=0, atol=5e-6, msg=name)
 
 
 def test_knn_checks_do_not_change_the_training(tmp_path, fabric):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightly.loss import NTXentLoss
+from lightly.loss import DCLLoss, NTXentLoss
 
 from simclr import nt_xent_loss
 from support.errors import UserError
@@ -11,6 +11,24 @@ from support.errors import UserError
 
 def embeddings(pairs, size=8, seed=0):
     return torch.randn(2 * pairs, size, generator=torch.Generator().manual_seed(seed))
+
+
+def loop_over_positives(z, temperature, views, decoupled=False):
+    """Equation 2 of Khosla et al. 2020 with images for classes, term by term, in float64."""
+    z = z.double()
+    images, total = len(z) // views, 0.0
+    for i in range(len(z)):
+        own = [k for k in range(len(z)) if k % images == i % images]
+        others = [k for k in range(len(z)) if (k not in own if decoupled else k != i)]
+        weights = {
+            k: ((z[i] @ z[k]) / (z[i].norm() * z[k].norm()) / temperature).exp()
+            for k in range(len(z))
+        }
+        positives = [k for k in own if k != i]
+        for p in positives:
+            share = weights[p] / sum(weights[k] for k in others)
+            total = total - share.log() / len(positives)
+    return total / len(z)
 
 
 def paper_loss(z, temperature, count_positive=1):
@@ -62,6 +80,40 @@ def test_equals_lightly(float64, pairs, temperature):
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("decoupled", [False, True], ids=["nt-xent", "dcl"])
+@pytest.mark.parametrize(("views", "images"), [(2, 4), (3, 2), (4, 5)])
+def test_every_other_view_is_a_positive(float64, views, images, decoupled):
+    z = torch.randn(views * images, 6, generator=torch.Generator().manual_seed(1)).double()
+    options = {"views": views, "decoupled": decoupled}
+    ours = value_and_gradient(lambda z: nt_xent_loss(z, 0.3, **options), z)
+    expected = value_and_gradient(lambda z: loop_over_positives(z, 0.3, **options), z)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("pairs", "temperature"), [(2, 1.0), (50, 0.1)])
+def test_decoupled_equals_lightly(float64, pairs, temperature):
+    z = embeddings(pairs, 32).double()
+    reference = DCLLoss(temperature)
+    ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature, decoupled=True), z)
+    expected = value_and_gradient(lambda z: reference(*F.normalize(z, dim=1).chunk(2)), z)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["nt-xent", "dcl"])
+@pytest.mark.parametrize("views", [2, 3])
+def test_shares_of_several_processes_average_to_the_whole(float64, views, decoupled):
+    whole = torch.randn(views * 6, 5, generator=torch.Generator().manual_seed(2)).double()
+    options = {"views": views, "decoupled": decoupled}
+    expected = value_and_gradient(lambda z: nt_xent_loss(z, 0.3, **options), whole)
+
+    def in_shares(z):
+        parts = torch.arange(views * 6).view(views, 3, 2).transpose(0, 1).flatten(1)  # (3, 2V)
+        return sum(nt_xent_loss(z[rows], 0.3, z, rows, **options) for rows in parts) / 3
+
+    ours = value_and_gradient(in_shares, whole)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_positive_is_once_in_the_denominator():
     # Known mistake of public versions: once as the first column, once in the masked matrix.
     z = embeddings(4)
@@ -74,6 +126,8 @@ def test_positive_is_once_in_the_denominator():
 def test_equal_embeddings_give_the_log_of_the_number_of_candidates(pairs):
     z = embeddings(1)[:1].expand(2 * pairs, -1)
     assert nt_xent_loss(z, 0.1).item() == pytest.approx(math.log(2 * pairs - 1), abs=2e-5)
+    z = z[:1].expand(3 * pairs, -1)
+    assert nt_xent_loss(z, 0.1, views=3).item() == pytest.approx(math.log(3 * pairs - 1), abs=2e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])

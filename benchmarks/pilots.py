@@ -1,0 +1,89 @@
+"""Short runs of a table of settings, scored on held-out training images: how recipes are chosen.
+
+    python benchmarks/pilots.py docs/results/pilots/simclr.csv --dataset data/cifar10-images
+    python benchmarks/pilots.py docs/results/pilots/simclr.csv --only base --epochs 1
+
+A row of the table is a run: `name`, `script`, `flags`. Self-supervised runs keep a tenth of the
+training images back (`--evaluate-on validation`) and are scored on them by linear probe and kNN;
+rnn.py's have their validation images. What each run gets goes into `scores.csv` beside the table.
+A second call leaves out the runs that are finished and goes on with the one that was stopped, so a
+longer table takes the time of its new rows. Settings that follow the name, like `--dataset`, hold
+for all rows.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import ROOT
+
+from support import files
+from support.errors import require
+from support.runs import exit_cleanly
+
+SHARED = {
+    "simclr": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
+    "simsiam": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
+    "rnn": [],
+}
+SCORES = ("linear_probe_accuracy", "knn_accuracy", "validation_accuracy")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has its scores."""
+    path = folder / "summary.json"
+    return path.exists() and any(key.endswith(SCORES) for key in files.read_json(path))
+
+
+def run(row: dict[str, str], folder: Path, flags: list[str]) -> dict[str, Any]:
+    """Run a row to its end, from where it stopped, and return its scores."""
+    script = [sys.executable, str(ROOT / f"{row['script']}.py")]
+    if not (folder / "config.json").exists():
+        where = ["--output-dir", str(folder.parents[1]), "--name", folder.name]
+        command = [*script, *SHARED[row["script"]], *shlex.split(row["flags"]), *flags, *where]
+    else:
+        command = [*script, "--resume", str(folder)]
+    if not is_finished(folder):
+        print(f"== {row['name']}")
+        code = subprocess.run(command).returncode
+        require(code == 0, f"{row['name']} ended with exit code {code}; call this again to go on")
+    summary = files.read_json(folder / "summary.json")
+    about = files.read_json(folder / "config.json")
+    scores = {
+        score: value
+        for score in SCORES
+        for key, value in summary.items()
+        if key.endswith(score) and isinstance(value, float)
+    }
+    about = {key: about.get(key) for key in ("hardware", "threads", "computed_in", "commit")}
+    return {**row, **scores, "minutes": round(summary["seconds"] / 60, 1), **about}
+
+
+def main() -> None:
+    """Run the rows of a table, and print the scores."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path, help="CSV with the columns name, script, flags")
+    parser.add_argument("--only", help="names of rows, with commas between them")
+    parser.add_argument("--results", type=Path, default=Path("results/pilots"))
+    arguments, flags = parser.parse_known_args()
+    require(arguments.table.is_file(), f"there is no table {arguments.table}")
+    table = files.read_csv(arguments.table, dict.fromkeys(("name", "script", "flags"), str))
+    wanted = arguments.only.split(",") if arguments.only else [row["name"] for row in table]
+    unknown = set(wanted) - {row["name"] for row in table}
+    require(not unknown, f"{arguments.table} has no row {sorted(unknown)}")
+    scored = []
+    for row in table:
+        folder = arguments.results / arguments.table.stem / row["script"] / row["name"]
+        if row["name"] in wanted or is_finished(folder):
+            scored.append(run(row, folder, flags))
+            files.write_csv(arguments.table.with_name(f"{arguments.table.stem}-scores.csv"), scored)
+    for row in scored:
+        numbers = "  ".join(f"{row[score]:.1%}" for score in SCORES if score in row)
+        print(f"{row['name']:30} {numbers}  {row['minutes']} min")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,33 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import functions
+from support import files
+
+ROOT = Path(functions.__file__).parent
+FLAGS = "--encoder small --epochs 1 --probe-epochs 2 --few-labels 0 --batch-size 128"
+
+
+def call(folder, *words):
+    command = [sys.executable, str(ROOT / "benchmarks/pilots.py"), "table.csv", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_pilots_are_scored_on_held_out_training_images_and_run_once(tmp_path):
+    rows = [{"name": name, "script": "simclr", "flags": FLAGS} for name in ("one", "two")]
+    files.write_csv(tmp_path / "table.csv", rows)
+    first = call(tmp_path, "--only", "one", "--dataset", "digits", "--device", "cpu")
+    assert first.returncode == 0, first.stderr
+    assert "digits: 1,293 training images, 144 test images" in first.stdout  # of 1,437
+    (scored,) = csv.DictReader((tmp_path / "table-scores.csv").open())
+    folder = tmp_path / "results/pilots/table/simclr/one"
+    summary = files.read_json(folder / "summary.json")
+    assert float(scored["linear_probe_accuracy"]) == summary["linear_probe_accuracy"]
+    assert float(scored["knn_accuracy"]) == summary["knn_accuracy"]
+    assert files.read_json(folder / "config.json")["evaluate_on"] == "validation"
+    again = call(tmp_path, "--only", "one", "--dataset", "digits")
+    assert again.returncode == 0, again.stderr
+    assert "training images" not in again.stdout  # nothing ran
+    assert call(tmp_path, "--only", "three").returncode == 2
