@@ -97,6 +97,7 @@ def test_model_shapes(encoder, projection):
 
 
 def test_lars_leaves_biases_and_norms_without_decay_and_adaptation():
+    pytest.importorskip("pytorch_optimizer")
     layer = torch.nn.Linear(3, 3)
     before = [p.detach().clone() for p in (layer.weight, layer.bias)]
     config = simclr.Config(optimizer="lars", learning_rate=0.5, batch_size=512, weight_decay=0.1)
@@ -221,6 +222,8 @@ def test_training_equals_algorithm_1(
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "lars"])
 def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabric, optimizer):
+    if optimizer == "lars":
+        pytest.importorskip("pytorch_optimizer")
     config = small_config(epochs=4, optimizer=optimizer, warmup_epochs=1)
     data = make_data()
     whole, _ = pretrain(tmp_path / "whole", config, data, fabric)

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightly.loss import DCLLoss, NTXentLoss
 
 from simclr import nt_xent_loss
 from support.errors import UserError
@@ -74,7 +73,7 @@ def test_equals_the_papers_equation(float64, pairs, temperature):
 @pytest.mark.parametrize(("pairs", "temperature"), [(2, 1.0), (16, 0.05), (300, 0.5)])
 def test_equals_lightly(float64, pairs, temperature):
     z = embeddings(pairs, 32).double()
-    reference = NTXentLoss(temperature)
+    reference = pytest.importorskip("lightly.loss").NTXentLoss(temperature)
     ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature), z)
     expected = value_and_gradient(lambda z: reference(*z.chunk(2)), z)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
@@ -93,7 +92,7 @@ def test_every_other_view_is_a_positive(float64, views, images, decoupled):
 @pytest.mark.parametrize(("pairs", "temperature"), [(2, 1.0), (50, 0.1)])
 def test_decoupled_equals_lightly(float64, pairs, temperature):
     z = embeddings(pairs, 32).double()
-    reference = DCLLoss(temperature)
+    reference = pytest.importorskip("lightly.loss").DCLLoss(temperature)
     ours = value_and_gradient(lambda z: nt_xent_loss(z, temperature, decoupled=True), z)
     expected = value_and_gradient(lambda z: reference(*F.normalize(z, dim=1).chunk(2)), z)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
