@@ -313,6 +313,7 @@ def test_views_have_the_size_of_their_epoch(tmp_path, monkeypatch, fabric):
 def test_the_map_shows_the_encoders_output_of_the_right_images(
     tmp_path, monkeypatch, fabric, labels
 ):
+    pytest.importorskip("plotly")  # for embedding.html
     data, config = make_data(20, labels), small_config()
     model, given = make_model(config), []
 
@@ -468,6 +469,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_command_makes_every_artifact(finished):
+    pytest.importorskip("plotly")  # for embedding.html
     assert finished.names == sorted(ARTIFACTS.split())
     assert [path.name for path in finished.home.iterdir()] == ["results"]
     summary = finished.summary
