@@ -54,6 +54,10 @@ class PretrainingConfig(settings.TrainingConfig):
     )
     width: int = setting(64, "model", "channels of a ResNet's first stage; fewer are cheaper")
 
+    weights: str | None = setting(
+        None, "model", "start from an encoder.safetensors, or from a state dict of torchvision's"
+    )
+
     schedule: Literal["cosine", "constant"] = setting(
         "cosine", "training", "learning rate after the warm-up"
     )
@@ -477,6 +481,11 @@ def run_experiment(
         run = runs.Run(Path(fabric.broadcast(str(run and run.folder))), *([run.log] if run else []))
         devices.seed_everything(config.seed)
         model: Any = make_model(config, *data.train.images.shape[1:3])
+        begun = config.resume is not None and (run.folder / "checkpoint.pt").exists()
+        if config.weights is not None and not begun:
+            line = checkpoints.load_weights(Path(config.weights).expanduser(), model.encoder)
+            if main_process:
+                print(line)
         model = model.to(fabric.device).to(memory_format=torch.channels_last)
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -318,3 +318,40 @@ def test_encoder_is_read_back_by_safetensors(tmp_path, layout):
     other.load_state_dict(state)
     images = torch.rand(4, 3, 8, 8)
     assert torch.allclose(other.eval()(images), encoder.eval()(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_weights_of_elsewhere_are_taken_where_they_fit(tmp_path, kind):
+    source, model = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in "ab"
+    )
+    other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    path = tmp_path / f"weights.{kind}"
+    for given, taken in ((source, 4), (other, 2)):
+        if kind == "pth":
+            torch.save(given.state_dict(), path)
+        else:
+            checkpoints.save_weights(path, given, {})
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        line = checkpoints.load_weights(path, model)
+        assert line.startswith(f"{taken} of the encoder's 4 tensors")
+        assert ("new are 1.weight, 1.bias" in line) == (given is other)
+        for name, value in model.state_dict().items():
+            fits = given is source or name.startswith("0.")
+            assert torch.equal(value, (given.state_dict() if fits else before)[name])
+
+
+def test_weights_that_cannot_be_taken_are_one_line(tmp_path, user_error):
+    model = torch.nn.Linear(3, 4)
+    with user_error("no weights at", "missing.pth"):
+        checkpoints.load_weights(tmp_path / "missing.pth", model)
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("no weights")
+        with user_error(name):
+            checkpoints.load_weights(tmp_path / name, model)
+    torch.save({"weight": torch.ones(4, 5), "epoch": 3}, tmp_path / "other.pth")
+    with user_error("nothing in", "names and shapes"):
+        checkpoints.load_weights(tmp_path / "other.pth", model)
+    torch.save(model, tmp_path / "module.pth")  # which only a pickle's code could build
+    with user_error("without running code"):
+        checkpoints.load_weights(tmp_path / "module.pth", model)

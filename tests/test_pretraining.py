@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from support import augment, checkpoints, datasets, devices, files, pretraining, progress, runs
@@ -624,6 +625,22 @@ def test_a_seed_decides_the_run(tmp_path, monkeypatch, whole):
     assert_same_state(run("a", 0), state_of(whole))
     assert not torch.equal(run("b", 1)["model"]["head.bias"], run("c", 0)["model"]["head.bias"])
     assert beginnings[0] == beginnings[2] != beginnings[1]
+
+
+def test_a_run_starts_from_given_weights_but_goes_on_from_its_own(tmp_path, whole, capsys):
+    given, begun = load_file(whole / "encoder.safetensors"), []
+
+    def watched(model, *rest):
+        begun.append({k: v.clone() for k, v in model.encoder.state_dict().items()})
+        return pretrain(model, *rest)
+
+    config = make_config(tmp_path, weights=str(whole / "encoder.safetensors"))
+    pretraining.run_experiment(config, make_data(), Model, watched, {})
+    assert "of the encoder's" in capsys.readouterr().out
+    assert all(torch.equal(value, given[name]) for name, value in begun[0].items())
+    again = dataclasses.replace(config, resume=str(tmp_path / "tiny" / "run"))
+    pretraining.run_experiment(again, make_data(), Model, watched, {})
+    assert "of the encoder's" not in capsys.readouterr().out
 
 
 def test_the_final_loss_is_the_last_not_the_best(tmp_path):
