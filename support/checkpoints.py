@@ -166,9 +166,9 @@ def load_weights(path: Path, model: nn.Module) -> str:
     """Give a model the tensors of a file that have its names and shapes; no code of it is run.
 
     Args:
-        path: an `encoder.safetensors`, or a state dict that `torch.save` wrote, such as
-            torchvision's `.pth` files.
-        model: its other tensors stay as they are.
+        path: of its encoder's weights: an `encoder.safetensors`, or a state dict that `torch.save`
+            wrote, such as torchvision's `.pth` files; or of all its weights: a `checkpoint.pt`.
+        model: with an attribute `encoder`; its other tensors stay as they are.
 
     Returns:
         A line that says what was taken and what was not.
@@ -185,23 +185,25 @@ def load_weights(path: Path, model: nn.Module) -> str:
             found: Any = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(found, dict) and isinstance(found.get("model"), dict):
+                found = found["model"]
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights of {path}: {error}") from error
     except Exception as error:  # torch.load raises nearly anything on what it does not know
         raise UserError(f"{path} holds no weights that can be read without running code") from error
-    own = model.state_dict()
-    named = found.items() if isinstance(found, dict) else ()
-    fitting = {
-        name: value
-        for name, value in named
-        if isinstance(value, Tensor) and name in own and value.shape == own[name].shape
-    }
+    own, fitting = model.state_dict(), {}
+    for name, value in found.items() if isinstance(found, dict) else ():
+        for place in (name, f"encoder.{name}"):
+            if place in own and getattr(value, "shape", None) == own[place].shape:
+                fitting[place] = value
     require(bool(fitting), f"nothing in {path} has the names and shapes of this encoder")
     model.load_state_dict(fitting, strict=False)
-    missing = [name for name in own if name not in fitting]
+    encoder = [name for name in own if name.startswith("encoder.")]
+    missing = [name.removeprefix("encoder.") for name in encoder if name not in fitting]
     shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
     rest = f"; new are {shown}" if missing else ""
-    return f"{len(fitting)} of the encoder's {len(own)} tensors are those of {path}{rest}"
+    taken = len(encoder) - len(missing)
+    return f"{taken} of the encoder's {len(encoder)} tensors are those of {path}{rest}"
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:

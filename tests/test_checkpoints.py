@@ -322,27 +322,28 @@ def test_encoder_is_read_back_by_safetensors(tmp_path, layout):
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_weights_of_elsewhere_are_taken_where_they_fit(tmp_path, kind):
-    source, model = (
-        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in "ab"
-    )
-    other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    source = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    model = nn.Module()
+    model.encoder = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.head = nn.Linear(2, 2)
     path = tmp_path / f"weights.{kind}"
     for given, taken in ((source, 4), (other, 2)):
         if kind == "pth":
             torch.save(given.state_dict(), path)
         else:
             checkpoints.save_weights(path, given, {})
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
         line = checkpoints.load_weights(path, model)
         assert line.startswith(f"{taken} of the encoder's 4 tensors")
         assert ("new are 1.weight, 1.bias" in line) == (given is other)
-        for name, value in model.state_dict().items():
+        for name, value in model.encoder.state_dict().items():
             fits = given is source or name.startswith("0.")
             assert torch.equal(value, (given.state_dict() if fits else before)[name])
 
 
 def test_weights_that_cannot_be_taken_are_one_line(tmp_path, user_error):
-    model = torch.nn.Linear(3, 4)
+    model = nn.Linear(3, 4)
     with user_error("no weights at", "missing.pth"):
         checkpoints.load_weights(tmp_path / "missing.pth", model)
     for name in ("text.pth", "text.safetensors"):
