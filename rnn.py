@@ -35,6 +35,7 @@ from support import (
     files,
     progress,
     recurrent,
+    report,
     runs,
     settings,
 )
@@ -426,6 +427,7 @@ def main(config: Config) -> dict[str, Any]:
                 f"{summary[f'{cell}_test_accuracy']:8.1%}"
                 f"{progress.format_seconds(summary[f'{cell}_seconds']):>9}"
             )
+        report.write_report(run.folder, Config)
         runs.print_folder(run.folder)
     return summary
 

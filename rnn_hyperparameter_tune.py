@@ -29,7 +29,7 @@ from torch import Tensor
 
 import functions
 import rnn
-from support import datasets, devices, errors, files, progress, runs, settings, sweep
+from support import datasets, devices, errors, files, progress, report, runs, settings, sweep
 from support.errors import require
 from support.settings import setting
 
@@ -260,6 +260,7 @@ def main(config: Config) -> dict[str, Any]:
                 write_results(search.study, config, run)
             raise
         best = write_results(search.study, config, run)
+        report.write_report(run.folder, Config)
         runs.print_folder(run.folder)
     return best
 

@@ -31,6 +31,7 @@ from support import (
     encoders,
     files,
     progress,
+    report,
     runs,
     settings,
 )
@@ -538,8 +539,9 @@ def run_experiment(
             values[f"{name}_seconds"] = time.perf_counter() - began
             summary = run.summarize(values, config.epochs)
             (run.folder / f"{name}_checkpoint.pt").unlink(missing_ok=True)
+        report.write_report(run.folder, type(config))
         try:
-            report(summary, run.folder)
+            print_results(summary, run.folder)
         except (LookupError, TypeError, ValueError) as error:
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
@@ -598,7 +600,7 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
     )
 
 
-def report(summary: dict[str, Any], folder: Path) -> None:
+def print_results(summary: dict[str, Any], folder: Path) -> None:
     """Print the numbers and where everything is."""
     print(f"final loss            {summary['final_loss']:.4f}")
     for key, name in (

@@ -258,6 +258,34 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+# These say where a run lies, and which file other settings came from, and nothing else of it.
+PLACES = frozenset({"name", "output_dir", "data_dir", "resume", "config"})
+
+
+def changed_flags(record: dict[str, Any], config_class: Any) -> dict[str, list[str]]:
+    """The words that give the settings of a `config.json` to its script, where not the default.
+
+    By flag: `{"--epochs": ["--epochs", "3"], "--pixel-baseline": ["--pixel-baseline"]}`. A setting
+    that is not among them, because the script got it later, takes the value that means what the
+    script did before; `auto` precision that which was computed in. Where a run lies is left out.
+    """
+    saved = dict(record)
+    # On another machine `auto` may mean something else than what was computed.
+    saved["precision"] = COMPUTED_IN.get(str(saved.get("computed_in")), saved.get("precision"))
+    made = {}
+    for field in dataclasses.fields(config_class):
+        value = saved.get(field.name, value_before(field))
+        value = tuple(value) if isinstance(value, list) else value
+        if value == field.default or field.name in PLACES or value is None:
+            continue
+        name = flag(field.name)
+        if isinstance(value, bool):
+            made[name] = [name if value else name.replace("--", "--no-", 1)]
+        else:
+            made[name] = [name, *map(str, value if isinstance(value, tuple) else [value])]
+    return made
+
+
 def value_before(field: dataclasses.Field) -> Any:
     """The value of a setting that means what the scripts did before they had it."""
     return field.metadata.get("before", field.default)

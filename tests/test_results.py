@@ -156,7 +156,7 @@ def test_the_speed_table_says_what_was_measured():
 
 def assert_same_settings(config, committed):
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    both = ours.keys() & committed.keys() - set(reproduce.LEFT_OUT)
+    both = ours.keys() & committed.keys() - settings.PLACES
     assert {key: ours[key] for key in both} == {key: committed[key] for key in both}
     assert len(both) > 10
 
@@ -196,8 +196,10 @@ def test_a_setting_that_a_result_lacks_is_what_the_script_did_before():
         speed: str = settings.setting("fast", "run", "new in this version", before="slow")
         careful: bool = settings.setting(True, "run", "as ever")
 
-    assert reproduce.flags({"seed": 3}, Config) == ["--seed", "3", "--speed", "slow"]
-    assert reproduce.flags({"speed": "fast", "careful": False}, Config) == ["--no-careful"]
+    flags = settings.changed_flags({"seed": 3}, Config)
+    assert flags == {"--seed": ["--seed", "3"], "--speed": ["--speed", "slow"]}
+    flags = settings.changed_flags({"speed": "fast", "careful": False}, Config)
+    assert flags == {"--careful": ["--no-careful"]}
 
 
 @pytest.mark.parametrize(

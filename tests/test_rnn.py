@@ -419,6 +419,7 @@ def test_run_makes_every_artifact(finished):
     config, summary = finished
     folder = Path(config.output_dir) / "rnn" / "run"
     names = {"config.json", "metrics.csv", "checkpoint.pt", "summary.json", "comparison.png"}
+    names.add("report.html")
     for cell in ("lstm", "rnn"):
         names |= {f"{cell}.png", f"{cell}.safetensors"}
         names |= {f"{cell}_confusion_matrix.png", f"{cell}_per_class_accuracy.png"}

@@ -4,7 +4,6 @@ python docs/results/reproduce.py simclr-digits
 python docs/results/reproduce.py rnn-best-lstm --dataset cifar10    # with other flags at the end
 """
 
-import dataclasses
 import importlib
 import json
 import shlex
@@ -16,35 +15,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.settings import value_before  # noqa: E402
-
-# These say where the result lies, and which file other settings came from, and nothing else of it.
-LEFT_OUT = ("name", "output_dir", "data_dir", "resume", "config")
-
-
-def flags(settings: dict, config_class: type) -> list[str]:
-    """The flags that give these settings, where they are not the default.
-
-    A setting that is not among them, because the script got it later, takes the value that means
-    what the script did before.
-    """
-    settings = dict(settings)
-    # On another machine `auto` may mean something else than what was computed.
-    precisions = {"32-true": "float32", "bf16-mixed": "bfloat16"}
-    if settings.get("computed_in") in precisions:
-        settings["precision"] = precisions[settings["computed_in"]]
-    made = []
-    for field in dataclasses.fields(config_class):
-        value = settings.get(field.name, value_before(field))
-        value = tuple(value) if isinstance(value, list) else value
-        if value == field.default or field.name in LEFT_OUT:
-            continue
-        name = "--" + field.name.replace("_", "-")
-        if isinstance(value, bool):
-            made.append(name if value else name.replace("--", "--no-", 1))
-        else:
-            made += [name, *map(str, value if isinstance(value, tuple) else [value])]
-    return made
+from support.settings import changed_flags  # noqa: E402
 
 
 def commands(committed: dict, name: str) -> list[list[str]]:
@@ -52,7 +23,8 @@ def commands(committed: dict, name: str) -> list[list[str]]:
     script = committed["script"]
     config_class = importlib.import_module(script).Config
     folder = f"results/{script}/{name}"
-    made = [[f"{script}.py", *flags(committed, config_class), "--name", name]]
+    words = [word for flag in changed_flags(committed, config_class).values() for word in flag]
+    made = [[f"{script}.py", *words, "--name", name]]
     if Path(folder, "config.json").exists():  # a reproduction that was stopped goes on
         made = [[f"{script}.py", "--resume", folder]]
     for resumed in committed.get("resumed", [])[-1:]:

@@ -251,7 +251,7 @@ def load_best(folder):
 
 
 def load_summary(folder):
-    pretraining.report(runs.Run(folder).summarize({"final_loss": 1.25}), folder)
+    pretraining.print_results(runs.Run(folder).summarize({"final_loss": 1.25}), folder)
 
 
 def load_pair(folder):
