@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import functions
-from support import datasets, devices, encoders, files
+from support import checkpoints, datasets, devices, encoders, files
 
 REPOSITORY = Path(functions.__file__).parent
 
@@ -532,6 +532,21 @@ def test_probe_stage_measures_the_frozen_encoder_and_the_pixels(probed):
     assert probed.result["linear_probe_accuracy"] != probed.result["pixel_probe_accuracy"]
     knn = functions.knn_accuracy(features[0], labels[0], features[1], labels[1])
     assert probed.result["knn_accuracy"] == knn
+
+
+def test_the_saved_probe_repeats_the_predictions(probed):
+    probe, about = checkpoints.load_tensors(probed.folder / "probe.safetensors")
+    assert about == {"classes": list(probed.data.classes)}
+    features = functions.extract_features(probed.model.encoder, probed.data.test)
+    saved = files.read_arrays(probed.folder / "predictions.npz")["predictions"]
+    logits = functions.apply_probe(features, probe)
+    assert np.array_equal(logits.argmax(1).numpy(), saved)
+    train = (
+        functions.extract_features(probed.model.encoder, probed.data.train).numpy().astype(float)
+    )
+    scaled = (features.numpy() - train.mean(0)) / train.std(0).clip(1e-6)
+    expected = scaled @ probe["weight"].numpy().T + probe["bias"].numpy()
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_predictions_and_maps_tell_which_image_a_row_is_of(probed):
