@@ -418,6 +418,8 @@ def project_2d(
     """
     require(len(features) >= 5, f"a map takes at least 5 images, not {len(features)}")
     values = F.normalize(features.float(), dim=1).cpu().numpy()
+    if (values == values[0]).all():  # of copies of one image; scikit-learn would divide by zero
+        return np.zeros((len(values), 2), np.float32)
     neighbours = max(1, min(neighbours, (len(values) - 1) // 3))
     if method == "umap":
         with warnings.catch_warnings():  # a fixed seed means one thread, as documented

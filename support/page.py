@@ -114,14 +114,19 @@ def nearest(features: Tensor, count: int = 5) -> Tensor:
     return torch.cat(found)
 
 
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Images `(N, C, H, W)`, uint8, as `(N, C, side, side)`; smaller ones as they are."""
+    if max(images.shape[2:]) <= side:
+        return images
+    small = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).byte()
+
+
 def sprite(images: Tensor) -> tuple[bytes, int]:
     """All images `(N, C, H, W)`, uint8, as the tiles of one WebP, and the number of columns."""
     from PIL import Image
 
-    tiles = images.cpu()
-    if max(tiles.shape[2:]) > TILE:
-        small = F.interpolate(tiles.float(), (TILE, TILE), mode="bilinear", antialias=True)
-        tiles = small.round().clamp(0, 255).byte()
+    tiles = torch.cat([shrink(part.cpu(), TILE) for part in images.split(500)])
     count, channels, height, width = tiles.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
