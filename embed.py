@@ -24,14 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import functions
-from support import checkpoints, datasets, devices, encoders, files, folders, page, progress, runs
+from support import (
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    folders,
+    neighbours,
+    page,
+    progress,
+    runs,
+)
 from support.errors import UserError, require
 from support.runs import exit_cleanly
 from support.settings import COMPUTED_IN, Parser
 
 BATCH = 500  # images per step, as in functions.extract_features
+MAPPED = 10_000  # images, as in functions.images_to_map
 SIDES = {"cifar10": 32, "fashion-mnist": 28, "digits": 8}  # what --image-size does not change
-ROUNDING = 1e-6  # of a threshold beside similarities of five decimals
 HEADS = {"folder": "nearest in the folder", "training": "nearest training images"}
 COLUMNS = (
     *("path", "class", "probability", "x", "y", "neighbour", "similarity"),
@@ -173,53 +184,6 @@ def classify(frozen: Frozen, features: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(classes), torch.cat(probabilities)
 
 
-def cosines(queries: Tensor, bank: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some of `rows` at a time, and the similarities `(B, M)` of these queries to all of `bank`.
-
-    Both hold features of length 1. The similarities are rounded to five decimals, which is what
-    float32 can tell, so that equal images have 1. At most 128 MiB of them exist at once.
-    """
-    for part in rows.split(max(1, 2**25 // len(bank))):
-        similarity = queries[part.to(queries.device)] @ bank.T  # (B, M)
-        yield part.to(queries.device), similarity.mul_(1e5).round_().div_(1e5)
-
-
-def find_nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Similarities and positions, both `(N, count)`, of the nearest in `bank`, nearest first.
-
-    Args:
-        queries: `(N, D)`, of length 1.
-        bank: `(M, D)`, of length 1. If it is `queries` itself, no query is its own neighbour.
-        count: of neighbours; when there are fewer, all of them.
-    """
-    alone = queries is bank
-    count = min(count, len(bank) - alone)
-    values, index = torch.empty(len(queries), count), torch.empty(len(queries), count).long()
-    for rows, similarity in cosines(queries, bank, torch.arange(len(queries))):
-        if alone:
-            similarity[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
-        found = similarity.topk(count, 1)
-        values[rows.cpu()], index[rows.cpu()] = found.values.cpu(), found.indices.cpu()
-    return values, index
-
-
-def find_originals(features: Tensor, suspects: Tensor, threshold: float) -> Tensor:
-    """For each image the first one before it that is at least so similar, or -1, `(N,)`.
-
-    Args:
-        features: `(N, D)`, of length 1.
-        suspects: positions of the images that may have one.
-        threshold: in (0, 1].
-    """
-    originals = torch.full((len(features),), -1)
-    everyone = torch.arange(len(features), device=features.device)
-    for rows, similarity in cosines(features, features, suspects):
-        alike = (similarity >= threshold - ROUNDING) & (everyone < rows[:, None])  # (B, N)
-        first = alike.byte().argmax(1)  # the first of equals
-        originals[rows.cpu()] = torch.where(alike.any(1), first, -1).cpu()
-    return originals
-
-
 def image_rows(
     frozen: Frozen,
     mine: Collection,
@@ -251,7 +215,8 @@ def neighbour_rows(mine: Collection, near: dict[str, Near]) -> Iterator[dict[str
     """The rows of `neighbours.csv`, nearest first."""
     for i, name in enumerate(mine.names):
         for where, (others, similarity, index) in near.items():
-            for rank, (value, j) in enumerate(zip(similarity[i], index[i], strict=True), 1):
+            pairs = zip(similarity[i].tolist(), index[i].tolist(), strict=True)
+            for rank, (value, j) in enumerate(pairs, 1):
                 row = {"query": name, "rank": rank, "neighbour": others.names[j], "where": where}
                 yield row | {"similarity": f"{value:.5f}"}
 
@@ -262,8 +227,8 @@ def plot_neighbours(
     """A contact sheet: a dozen images, each beside its neighbours, as the encoder sees them."""
     queries = functions.shuffled(len(mine.names))[:12].sort().values
     columns = 1.2 + sum(min(5, index.shape[1]) + 0.2 for _, _, index in near.values())
-    height = 1.4 * len(queries) + 1
-    figure = functions.new_figure(0.8 * columns + 0.2, 0.8 * height + 0.2)
+    height = 1.4 * len(queries) + 0.6
+    figure = functions.new_figure(0.8 * columns + 0.2, 0.8 * height)
     axes = figure.subplots()
 
     def draw_row(left: float, top: float, tiles: Tensor, captions: Sequence[str]) -> None:
@@ -285,7 +250,7 @@ def plot_neighbours(
             draw_row(left, top, others.tiles(best, channels, 96), captions)
             left += len(best) + 0.2
     axes.set_xlim(-0.05, columns)
-    axes.set_ylim(height - 1, -1)
+    axes.set_ylim(height - 0.6, -0.6)
     axes.set_axis_off()
     axes.set_title(functions.plain(title), size=9, loc="left")
     functions.save_figure(figure, path)
@@ -379,13 +344,16 @@ def read_folder(frozen: Frozen, folder: Path, data_dir: Path, strict: bool) -> C
         print(f"passed over: {paths[row].relative_to(folder)}: {reason}")
     rows = torch.tensor([row for row in range(len(paths)) if row not in broken])
     require(len(rows) > 0, f"none of the {len(paths)} images in {folder} can be read")
-    names = np.array([str(paths[row].relative_to(folder)) for row in rows])
+    names = np.array([str(paths[row].relative_to(folder)) for row in rows.tolist()])
     features = extract(frozen, images, rows, folder.resolve().name)
     return Collection(names, images, rows, features, len(broken))
 
 
 def read_training(frozen: Frozen, data_dir: Path) -> Collection | None:
-    """The run's training images; None, and a line, if they are not there any more."""
+    """The run's training images, with features of length 1.
+
+    None, and a line that says why, if they are not there any more.
+    """
     record = frozen.record
     try:
         require(bool(record), "there is no config.json beside the encoder")
@@ -402,6 +370,7 @@ def read_training(frozen: Frozen, data_dir: Path) -> Collection | None:
     if names is None:
         names = np.array([f"{data.name} {row}" for row in range(len(rows))])
     features = extract(frozen, data.train.images, rows, "training images")
+    F.normalize(features, dim=1, out=features)  # in place: there may be many
     return Collection(names, data.train.images, rows, features)
 
 
@@ -428,7 +397,7 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     if frozen.probe:
         classes, probabilities = classify(frozen, mine.features)
         arrays |= {"predictions": classes.numpy(), "probabilities": probabilities.numpy()}
-    mapped = functions.shuffled(count)[:10_000].sort().values
+    mapped = functions.shuffled(count)[:MAPPED].sort().values
     if count >= 5:
         seed = int(frozen.record.get("seed", 0))
         coordinates[mapped] = functions.project_2d(mine.features[mapped], "tsne", seed)
@@ -439,13 +408,13 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     files.write_arrays(output / "features.npz", **arrays)
 
     unit = F.normalize(mine.features, dim=1).to(frozen.fabric.device)  # (N, D)
-    near = {"folder": (mine, *find_nearest(unit, unit, parsed.neighbours))}
-    likest = near["folder"][1][:, :1]  # (N, 1), or (1, 0) of one image
-    suspects = (likest >= parsed.duplicates - ROUNDING).any(1).nonzero()[:, 0]
-    originals = find_originals(unit, suspects, parsed.duplicates)
+    near = {"folder": (mine, *neighbours.find_nearest(unit, unit, parsed.neighbours))}
+    originals = torch.full((count,), -1)
+    if count > 1:
+        originals = neighbours.find_originals(unit, parsed.duplicates, near["folder"][1][:, 0])
     if training is not None:
-        bank = F.normalize(training.features, dim=1).to(unit.device)
-        near["training"] = (training, *find_nearest(unit, bank, parsed.neighbours))
+        bank = training.features.to(unit.device)
+        near["training"] = (training, *neighbours.find_nearest(unit, bank, parsed.neighbours))
     rows = image_rows(frozen, mine, near, originals, coordinates, classes, probabilities)
     files.write_csv(output / "images.csv", rows, COLUMNS)
     columns = ("query", "rank", "neighbour", "where", "similarity")
@@ -458,7 +427,8 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     print(f"passed over           {found['broken']:,}")
     print(f"near-duplicates       {found['duplicates']:,} (similarity >= {parsed.duplicates:g})")
     if training is not None:
-        seen = int((near["training"][1][:, 0] >= parsed.duplicates - ROUNDING).sum())
+        likest = near["training"][1][:, 0]
+        seen = int((likest >= parsed.duplicates - neighbours.ROUNDING).sum())
         print(f"  of training images  {seen:,}")
     runs.print_folder(output)
     return found

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import files
+from support import files, neighbours
 
 TILE = 32  # pixels; larger images are scaled down, so that 10,000 fit into a few megabytes
 PAGE = """<!doctype html>
@@ -104,14 +104,7 @@ map.on("plotly_hover", event => show(event.points[0].customdata));
 def nearest(features: Tensor, count: int = 5) -> Tensor:
     """Positions `(N, count)` of each feature's nearest others by cosine, nearest first."""
     features = F.normalize(features.float(), dim=1)
-    count = min(count, len(features) - 1)
-    found = []
-    for start in range(0, len(features), 1000):
-        similarity = features[start : start + 1000] @ features.T  # (1000, N)
-        rows = torch.arange(len(similarity), device=features.device)
-        similarity[rows, rows + start] = -torch.inf
-        found.append(similarity.topk(count, dim=1).indices)
-    return torch.cat(found)
+    return neighbours.find_nearest(features, features, count)[1]
 
 
 def shrink(images: Tensor, side: int) -> Tensor:

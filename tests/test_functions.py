@@ -612,6 +612,15 @@ def test_project_2d_repeats_itself(method, count):
     assert np.array_equal(first, again)
 
 
+@pytest.mark.parametrize("method", ["tsne", "umap"])
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_project_2d_puts_equal_features_at_one_point(method, value):
+    # scikit-learn's t-SNE divides by their deviation, and then crashes the process.
+    result = functions.project_2d(torch.full((9, 7), value), method, seed=0)
+    assert result.shape == (9, 2)
+    assert not result.any()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", ["tsne", "umap"])
 def test_project_2d_keeps_clusters_by_direction(method):
