@@ -617,6 +617,28 @@ def _line(axes: Any, rows: Sequence[dict[str, float]], key: str, label: str, col
     axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
 
 
+def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split) -> None:
+    """The first ten images, and below each its views as the network sees them.
+
+    Args:
+        path: where the picture goes.
+        images: `(b, C, H, W)`, uint8.
+        views: `(V b, C, h, w)`, normalised as `split` says, all first views, then all second views.
+        split: the training images.
+    """
+    mean, std = (value[None, :, None, None] for value in (split.mean, split.std))
+    seen = (views.float() * std + mean).clamp(0, 1).unflatten(0, (-1, len(images)))  # (V, b, ...)
+    rows = [datasets.to_float(images[:10]), *seen[:, :10]]  # (b, C, H, W), then (b, C, h, w)
+    figure = new_figure(9, 0.9 * len(rows))
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for number, row in enumerate(rows):
+        for axes, picture in zip(grid[number], row.cpu(), strict=True):
+            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        grid[number, 0].set_ylabel(f"view {number}" if number else "image")
+    save_figure(figure, path)
+
+
 def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
     """The column `loss` of `history` over epochs."""
     figure = new_figure(7, 3.5)

@@ -228,6 +228,8 @@ def pretrain(
             drawn = pretraining.draw_views(copies, config, generator)
             views = apply_views(copies, drawn, config.view_side(epoch))  # (V b, C, H, W) in [0, 1]
             views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
+            if step == 0 and fabric.is_global_zero:
+                functions.plot_views(run.folder / "views.png", images, views, data.train)
             z = network(views)  # (V b, D)
             everyone = training.share.gather(z)  # (V B, D), of all processes
             rows, decoupled = training.share.rows, config.loss == "dcl"

@@ -130,7 +130,7 @@ def negative_cosine_similarity(p: Tensor, z: Tensor) -> Tensor:
 
 def make_views(
     batches: Iterator[tuple[int, Tensor, augment.Generator]], config: Config, size: int | None
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Two random views of each image of each batch.
 
     Args:
@@ -140,12 +140,13 @@ def make_views(
         size: side of cropped views; None for that of the images.
 
     Yields:
-        The step and its views `(2b, C, H, W)` in [0, 1], all first views, then all second views.
+        The step, its images, and their views `(2b, C, H, W)` in [0, 1], all first views, then all
+        second views.
     """
     if config.augmentation == "crop":
         for step, images, generator in batches:
             pairs = images.repeat(2, 1, 1, 1)  # (2b, C, H, W)
-            yield step, pretraining.crop_views(pairs, config, generator, size)
+            yield step, images, pretraining.crop_views(pairs, config, generator, size)
         return
     # Eight batches at a time: each op of RandAugment then works on one large slice, not on eight.
     while group := list(itertools.islice(batches, 8)):
@@ -155,8 +156,8 @@ def make_views(
         ops, negative = map(torch.cat, zip(*drawn, strict=True))
         many = torch.cat([part.repeat(2, 1, 1, 1) for part in parts])  # (8 * 2b, C, H, W)
         views = randaugment.rand_augment(many, ops, negative, config.magnitude)
-        for step, pairs in zip(steps, views.split(count), strict=True):
-            yield step, datasets.to_float(pairs)
+        for step, images, pairs in zip(steps, parts, views.split(count), strict=True):
+            yield step, images, datasets.to_float(pairs)
 
 
 def make_optimizer(model: SimSiam, config: Config) -> torch.optim.Optimizer:
@@ -192,9 +193,11 @@ def pretrain(
     on_host = config.augmentation == "randaugment"
     for epoch in training.epochs():
         batches = training.batches(epoch, on_host)
-        for step, views in make_views(batches, config, config.view_side(epoch)):
+        for step, images, views in make_views(batches, config, config.view_side(epoch)):
             optimizer.param_groups[0]["lr"] = training.rate(peak, step)  # the predictor keeps it
             views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
+            if step == 0 and fabric.is_global_zero:
+                functions.plot_views(run.folder / "views.png", images, views, data.train)
             # The paper's model sees one view at a time, ours both: half as many BatchNorm passes.
             z, p = network(*(views.chunk(2) if config.head == "paper" else (views,)))  # (2b, D)
             (z1, z2), (p1, p2) = z.chunk(2), p.chunk(2)  # (b, D) each

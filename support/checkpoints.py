@@ -163,6 +163,50 @@ def restore(
     return state["epoch"], state["history"]
 
 
+def load_weights(path: Path, model: nn.Module) -> str:
+    """Give a model the tensors of a file that have its names and shapes; no code of it is run.
+
+    Args:
+        path: of its encoder's weights: an `encoder.safetensors`, or a state dict that `torch.save`
+            wrote, such as torchvision's `.pth` files; or of all its weights: a `checkpoint.pt`.
+        model: with an attribute `encoder`; its other tensors stay as they are.
+
+    Returns:
+        A line that says what was taken and what was not.
+
+    Raises:
+        UserError: the file cannot be read, or nothing in it fits.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    require(path.is_file(), f"there are no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(found, dict) and isinstance(found.get("model"), dict):
+                found = found["model"]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights of {path}: {error}") from error
+    except Exception as error:  # torch.load raises nearly anything on what it does not know
+        raise UserError(f"{path} holds no weights that can be read without running code") from error
+    own, fitting = model.state_dict(), {}
+    for name, value in found.items() if isinstance(found, dict) else ():
+        for place in (name, f"encoder.{name}"):
+            if place in own and getattr(value, "shape", None) == own[place].shape:
+                fitting[place] = value
+    require(bool(fitting), f"nothing in {path} has the names and shapes of this encoder")
+    model.load_state_dict(fitting, strict=False)
+    encoder = [name for name in own if name.startswith("encoder.")]
+    missing = [name.removeprefix("encoder.") for name in encoder if name not in fitting]
+    shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+    rest = f"; new are {shown}" if missing else ""
+    taken = len(encoder) - len(missing)
+    return f"{taken} of the encoder's {len(encoder)} tensors are those of {path}{rest}"
+
+
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
     """Write a model's weights under its own key names as safetensors, atomically."""
     save_tensors(path, model.state_dict(), metadata)

@@ -9,6 +9,7 @@ B images in a batch, b of them this process's.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -53,6 +54,10 @@ class PretrainingConfig(settings.TrainingConfig):
         "cifar", "model", "first layer of a ResNet: 3x3 for small images, or the original 7x7"
     )
     width: int = setting(64, "model", "channels of a ResNet's first stage; fewer are cheaper")
+
+    weights: str | None = setting(
+        None, "model", "start from an encoder.safetensors, or from a state dict of torchvision's"
+    )
 
     schedule: Literal["cosine", "constant"] = setting(
         "cosine", "training", "learning rate after the warm-up"
@@ -462,6 +467,7 @@ def run_experiment(
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
+    config = with_warm_restart(config)
     if config.evaluate_on == "validation":
         data = data.for_choosing()
     processes, nodes = devices.process_layout(config)
@@ -477,6 +483,11 @@ def run_experiment(
         run = runs.Run(Path(fabric.broadcast(str(run and run.folder))), *([run.log] if run else []))
         devices.seed_everything(config.seed)
         model: Any = make_model(config, *data.train.images.shape[1:3])
+        begun = config.resume is not None and (run.folder / "checkpoint.pt").exists()
+        if config.weights is not None and not begun:
+            line = checkpoints.load_weights(Path(config.weights).expanduser(), model)
+            if main_process:
+                print(line)
         model = model.to(fabric.device).to(memory_format=torch.channels_last)
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -535,6 +546,28 @@ def run_experiment(
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
     return summary
+
+
+def with_warm_restart(config: Any) -> Any:
+    """The settings of a new run, where `config` asks for more epochs of a finished one.
+
+    The new one starts from the old one's weights and has a schedule of its own; the old one's rate
+    has come to its end. Otherwise the settings stay as they are.
+    """
+    if config.resume is None:
+        return config
+    folder = Path(config.resume)
+    saved, checkpoint = settings.load_config(type(config), folder), folder / "checkpoint.pt"
+    if config.epochs <= saved.epochs or not checkpoint.exists():
+        return config
+    if checkpoints.load(checkpoint)["epoch"] < saved.epochs:
+        return config
+    print(
+        f"{folder} has finished its {saved.epochs} epochs: a new run starts from its weights, with "
+        f"a schedule of {config.epochs} epochs (a warm restart)"
+    )
+    name = None if config.name == saved.name else config.name
+    return dataclasses.replace(config, resume=None, name=name, weights=str(checkpoint))
 
 
 def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: int) -> None:

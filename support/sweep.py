@@ -243,6 +243,7 @@ class Sweep:
                     self._run_in_workers(make_objective)
         finally:
             with contextlib.suppress(*_database_errors()):
+                self.storage.remove_session()  # Ctrl-C may have come in the middle of a transaction.
                 self.end_running_trials()
 
     def _run_here(self, objective: Objective) -> None:

@@ -345,3 +345,41 @@ def test_damaged_tensors_are_named(tmp_path, user_error):
             checkpoints.load_tensors(path)
     with user_error(tmp_path):
         checkpoints.load_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_weights_of_elsewhere_are_taken_where_they_fit(tmp_path, kind):
+    source = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    model = nn.Module()
+    model.encoder = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.head = nn.Linear(2, 2)
+    path = tmp_path / f"weights.{kind}"
+    for given, taken in ((source, 4), (other, 2)):
+        if kind == "pth":
+            torch.save(given.state_dict(), path)
+        else:
+            checkpoints.save_weights(path, given, {})
+        before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+        line = checkpoints.load_weights(path, model)
+        assert line.startswith(f"{taken} of the encoder's 4 tensors")
+        assert ("new are 1.weight, 1.bias" in line) == (given is other)
+        for name, value in model.encoder.state_dict().items():
+            fits = given is source or name.startswith("0.")
+            assert torch.equal(value, (given.state_dict() if fits else before)[name])
+
+
+def test_weights_that_cannot_be_taken_are_one_line(tmp_path, user_error):
+    model = nn.Linear(3, 4)
+    with user_error("no weights at", "missing.pth"):
+        checkpoints.load_weights(tmp_path / "missing.pth", model)
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("no weights")
+        with user_error(name):
+            checkpoints.load_weights(tmp_path / name, model)
+    torch.save({"weight": torch.ones(4, 5), "epoch": 3}, tmp_path / "other.pth")
+    with user_error("nothing in", "names and shapes"):
+        checkpoints.load_weights(tmp_path / "other.pth", model)
+    torch.save(model, tmp_path / "module.pth")  # which only a pickle's code could build
+    with user_error("without running code"):
+        checkpoints.load_weights(tmp_path / "module.pth", model)

@@ -221,7 +221,7 @@ def test_sharded_views_are_those_of_one_process():
     pairs = images.repeat(2, 1, 1, 1)
     whole = pretraining.crop_views(pairs, config, torch.Generator().manual_seed(1))
     batch = (0, images, torch.Generator().manual_seed(1))
-    ((_, augmented),) = simsiam.make_views(iter([batch]), simsiam.Config(), None)
+    ((_, _, augmented),) = simsiam.make_views(iter([batch]), simsiam.Config(), None)
     for rank in range(2):
         part = torch.arange(8)[4 * rank : 4 * rank + 4]
         rows = torch.cat((part, part + 8))
@@ -230,7 +230,7 @@ def test_sharded_views_are_those_of_one_process():
         torch.testing.assert_close(views, whole[rows])
         shard = augment.Shard(torch.Generator().manual_seed(1), rows, 16)
         batch = (0, images[part], shard)
-        ((_, views),) = simsiam.make_views(iter([batch]), simsiam.Config(), None)
+        ((_, _, views),) = simsiam.make_views(iter([batch]), simsiam.Config(), None)
         assert torch.equal(views, augmented[rows])
 
 

@@ -770,6 +770,22 @@ def test_a_name_stands_in_the_middle_of_its_class(tmp_path, figures):
     assert texts == {"a": (5, 5), "c": (1, 2)}  # no image is of class b
 
 
+@pytest.mark.parametrize(("count", "channels", "views"), [(3, 3, 2), (30, 1, 4)])
+def test_views_stand_beside_their_images_as_they_were(tmp_path, figures, count, channels, views):
+    shape = (count, channels, 6, 6)
+    images = torch.randint(256, shape, generator=seeded(), dtype=torch.uint8)
+    split = datasets.ImageData("", (), datasets.Split(images, None), None).measured().train
+    copies = torch.cat([images.flip(3) if v % 2 else images for v in range(views)])
+    functions.plot_views(tmp_path / "plot.png", images, split.normalize(copies), split)
+    grid = np.reshape(figures[0].axes, (1 + views, min(10, count)))
+    for image, column in zip(images, grid.T, strict=False):
+        for number, axes in enumerate(column):  # the image, then its views; half are mirrored
+            expected = image.flip(2) if number and number % 2 == 0 else image
+            shown = np.asarray(axes.images[0].get_array())
+            expected = expected.permute(1, 2, 0).numpy() / 255
+            np.testing.assert_allclose(shown.reshape(expected.shape), expected, atol=1e-5)
+
+
 PLOTS = {
     "loss": lambda path: functions.plot_loss(path, history(5), "title"),
     "loss of one epoch": lambda path: functions.plot_loss(path, history(1), "title"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from support import augment, checkpoints, datasets, devices, files, pretraining, progress, runs
@@ -626,6 +627,43 @@ def test_a_seed_decides_the_run(tmp_path, monkeypatch, whole):
     assert beginnings[0] == beginnings[2] != beginnings[1]
 
 
+def test_a_run_starts_from_given_weights_but_goes_on_from_its_own(tmp_path, whole, capsys):
+    given, begun = load_file(whole / "encoder.safetensors"), []
+
+    def watched(model, *rest):
+        begun.append({k: v.clone() for k, v in model.encoder.state_dict().items()})
+        return pretrain(model, *rest)
+
+    config = make_config(tmp_path, weights=str(whole / "encoder.safetensors"))
+    pretraining.run_experiment(config, make_data(), Model, watched, {})
+    assert "of the encoder's" in capsys.readouterr().out
+    assert all(torch.equal(value, given[name]) for name, value in begun[0].items())
+    again = dataclasses.replace(config, resume=str(tmp_path / "tiny" / "run"))
+    pretraining.run_experiment(again, make_data(), Model, watched, {})
+    assert "of the encoder's" not in capsys.readouterr().out
+
+
+def test_more_epochs_of_a_finished_run_are_a_new_run_from_its_weights(tmp_path, capsys):
+    experiment(make_config(tmp_path, epochs=2))
+    old = tmp_path / "tiny" / "run"
+    kept, begun = {path.name: path.read_bytes() for path in old.iterdir()}, []
+
+    def watched(model, data, config, *rest):
+        begun.append(({k: v.clone() for k, v in model.state_dict().items()}, config))
+        return pretrain(model, data, config, *rest)
+
+    longer = make_config(tmp_path, epochs=4, resume=str(old), name="longer")
+    pretraining.run_experiment(longer, make_data(), Model, watched, {})
+    assert "has finished its 2 epochs: a new run starts from its weights" in capsys.readouterr().out
+    ((weights, config),) = begun
+    saved = torch.load(old / "checkpoint.pt", weights_only=True)["model"]
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    assert (config.epochs, config.resume) == (4, None)
+    assert [row["epoch"] for row in metrics(tmp_path / "tiny" / "longer")] == ["1", "2", "3", "4"]
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == kept
+
+
 def test_the_final_loss_is_the_last_not_the_best(tmp_path):
     def pretrain(*arguments):
         return [{"loss": 1.0, "seconds": 2.0}, {"loss": 3.0, "seconds": 4.0}]
@@ -769,6 +807,6 @@ def test_a_finished_run_is_evaluated_again_with_other_settings_of_evaluation_onl
     stages = {"first": lambda model, data, config, *_: seen.append(config.label_steps)}
     experiment(dataclasses.replace(config, **changes), stages=stages)
     assert seen == [9]
-    for name, value in {"epochs": 4, "jitter_probability": 0.1, "weight_decay": 1.0}.items():
+    for name, value in {"epochs": 2, "jitter_probability": 0.1, "weight_decay": 1.0}.items():
         with pytest.raises(UserError, match=flags.flag(name)):
             experiment(dataclasses.replace(config, **{name: value}))

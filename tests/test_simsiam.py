@@ -21,9 +21,9 @@ import simsiam
 from support import devices, pretraining, randaugment, runs, settings
 
 ARTIFACTS = (
-    "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png probe.csv "
-    "probe.png per_class_accuracy.png confusion_matrix.png embeddings.npz umap_z.png umap_z.csv "
-    "predictions.npz embedding.html umap_p.png umap_p.csv label_efficiency.csv "
+    "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png views.png "
+    "probe.csv probe.png per_class_accuracy.png confusion_matrix.png embeddings.npz umap_z.png "
+    "umap_z.csv predictions.npz embedding.html umap_p.png umap_p.csv label_efficiency.csv "
     "label_efficiency.png checkpoints probe.safetensors"
 )
 
@@ -154,8 +154,9 @@ def test_the_papers_head(count, encoder, features):
 
 def two_views(images, config, generator, size=None):
     """What `simsiam.make_views` makes of a single batch."""
-    ((step, views),) = simsiam.make_views(iter([(7, images, generator)]), config, size)
+    ((step, same, views),) = simsiam.make_views(iter([(7, images, generator)]), config, size)
     assert step == 7
+    assert same is images
     return views
 
 
@@ -180,9 +181,10 @@ def test_randaugment_of_several_batches_at_a_time_is_that_of_each():
     config, generator = simsiam.Config(), seeded(1)
     batches = [(step, noise(5, 8)[:, :1], generator) for step in range(11)]
     together = list(simsiam.make_views(iter(batches), config, None))
-    assert [step for step, _ in together] == list(range(11))
+    assert [step for step, _, _ in together] == list(range(11))
     again = seeded(1)
-    for (_, images, _), (_, views) in zip(batches, together, strict=True):
+    for (_, images, _), (_, same, views) in zip(batches, together, strict=True):
+        assert same is images
         assert torch.equal(views, two_views(images, config, again))
 
 

@@ -200,7 +200,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on_and_ends_alike(commands, refer
             wrong.append(f"{what}, resumed: differs in {', '.join(other)}")
     print(f"{script}: {stopped} of {sent} signals stopped a run")
     assert not wrong
-    assert stopped > sent // 2
+    assert stopped >= sent // 2
 
 
 def test_two_runs_without_a_name_get_folders_of_their_own(commands, tmp_path):
