@@ -11,10 +11,11 @@ Letters in shape comments: N images, B batch, C H W channels, height, width, D f
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import datasets, devices, files, folders, page, progress, runs
+from support import checkpoints, datasets, devices, files, folders, page, progress, runs
 from support.errors import Diverged, UserError, require
 
 # ----------------------------------------------------------------------------------- loaders
@@ -242,11 +243,15 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What `linear_probe` found: curves, and the last epoch's test predictions and accuracy."""
+    """What `linear_probe` found: curves, and the last epoch's test predictions and accuracy.
+
+    `tensors` is the probe itself, as `apply_probe` takes it.
+    """
 
     history: list[dict[str, float]]
     predictions: Tensor
     accuracy: float
+    tensors: dict[str, Tensor]
 
 
 def linear_probe(
@@ -318,7 +323,17 @@ def linear_probe(
                 "test_accuracy": accuracy(predictions, test_labels),
             }
         )
-    return ProbeResult(history, predictions.cpu(), history[-1]["test_accuracy"])
+    tensors = {"weight": weight.detach(), "bias": bias.detach(), "mean": mean, "std": std}
+    return ProbeResult(history, predictions.cpu(), history[-1]["test_accuracy"], tensors)
+
+
+def apply_probe(features: Tensor, probe: Mapping[str, Tensor]) -> Tensor:
+    """Logits `(N, K)` that a linear probe gives features `(N, D)`, on its device.
+
+    `probe` holds `weight` `(K, D)` and `bias` `(K,)`, and the `mean` and `std` `(D,)` by which the
+    features are standardised before.
+    """
+    return F.linear((features - probe["mean"]) / probe["std"], probe["weight"], probe["bias"])
 
 
 def few_label_accuracy(
@@ -403,6 +418,8 @@ def project_2d(
     """
     require(len(features) >= 5, f"a map takes at least 5 images, not {len(features)}")
     values = F.normalize(features.float(), dim=1).cpu().numpy()
+    if (values == values[0]).all():  # of copies of one image; scikit-learn would divide by zero
+        return np.zeros((len(values), 2), np.float32)
     neighbours = max(1, min(neighbours, (len(values) - 1) // 3))
     if method == "umap":
         with warnings.catch_warnings():  # a fixed seed means one thread, as documented
@@ -448,8 +465,8 @@ def probe_stage(
 ) -> dict[str, Any]:
     """Linear probe, kNN, per-class accuracy and the few-label score on the frozen encoder.
 
-    Writes `probe.csv`, `probe.png`, `per_class_accuracy.png`, `confusion_matrix.png`, and the
-    probe's classes of the test images to `predictions.npz`.
+    Writes `probe.csv`, `probe.png`, `per_class_accuracy.png`, `confusion_matrix.png`, the probe
+    itself to `probe.safetensors`, and its classes of the test images to `predictions.npz`.
 
     Returns:
         What it adds to `summary.json`: accuracies in [0, 1].
@@ -467,6 +484,8 @@ def probe_stage(
         "knn_accuracy": knn_accuracy(features[0], labels[0], features[1], labels[1]),
     }
     files.write_csv(folder / "probe.csv", result.history)
+    about = {"about": json.dumps({"classes": data.classes})}
+    checkpoints.save_tensors(folder / "probe.safetensors", result.tensors, about)
     everything = torch.arange(len(data.test))
     arrays = {"predictions": result.predictions.numpy(), **origin(data.test, everything)}
     files.write_arrays(folder / "predictions.npz", **arrays)

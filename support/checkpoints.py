@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import time
 from pathlib import Path
@@ -208,8 +209,34 @@ def load_weights(path: Path, model: nn.Module) -> str:
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
     """Write a model's weights under its own key names as safetensors, atomically."""
+    save_tensors(path, model.state_dict(), metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write named tensors as safetensors, atomically."""
     from safetensors.torch import save
 
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with files.atomic_file(path) as temporary:
         temporary.write_bytes(save(state, metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, on the CPU, and what the entry `about` of it says.
+
+    Without that entry the second is empty. Nothing in the file is run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as safetensors: {reason}") from error
+    require(isinstance(about, dict), f"{path} is damaged: its entry `about` is no JSON object")
+    return tensors, about

@@ -11,7 +11,7 @@ import threading
 import typing
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a table, atomically; the columns are those of all rows, in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
+def write_csv(
+    path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str] | None = None
+) -> None:
+    """Write a table, atomically; half a surrogate pair, as of a file's name, is escaped.
+
+    The columns are those of all rows, in order of appearance. When they are given, the rows are
+    taken one by one, and may be more than memory holds.
+    """
+    if columns is None:
+        rows = list(rows)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -131,7 +142,7 @@ def read_csv(path: Path, columns: dict[str, Callable[[str], Any]]) -> list[dict[
         return []
     require(path.is_file(), f"{path} is not a plain file")
     try:
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file, strict=True))
         return [{name: kind(row[name]) for name, kind in columns.items()} for row in table]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:

@@ -9,7 +9,6 @@ import math
 import os
 import stat
 import tempfile
-import typing
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -176,25 +175,46 @@ def decode_folder(paths: list[Path], folder: Path, data_dir: Path, size: int) ->
 
     The cache file is named after the folder and a fingerprint of every file's name, size and time,
     so a changed file means a new cache; its checksum is verified at every start.
+
+    Raises:
+        UserError: one of them cannot be read.
     """
-    try:
-        stats = [path.stat() for path in paths]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    for path, status in zip(paths, stats, strict=True):
-        require(stat.S_ISREG(status.st_mode), f"{path} is not a plain file: remove it")
-    listing = "\n".join(
-        f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}"
-        for path, status in zip(paths, stats, strict=True)
-    )
+    return _decode_cached(paths, folder, data_dir, size, strict=True)[0]
+
+
+def decode_readable(
+    paths: list[Path], folder: Path, data_dir: Path, size: int
+) -> tuple[Tensor, dict[int, str]]:
+    """As `decode_folder`, with a cache of its own, but what cannot be read is passed over.
+
+    Returns:
+        `(N, 3, size, size)`, and for the positions of files that cannot be read the reason. What
+        their rows hold means nothing. They are tried again at every start.
+    """
+    return _decode_cached(paths, folder, data_dir, size, strict=False)
+
+
+def _decode_cached(
+    paths: list[Path], folder: Path, data_dir: Path, size: int, strict: bool
+) -> tuple[Tensor, dict[int, str]]:
+    lines = []
+    for path in paths:
+        try:
+            lines.append(f"{path.relative_to(folder)}\0{_file_state(path)}")
+        except OSError as error:
+            if strict:
+                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            lines.append(f"{path.relative_to(folder)}")
+    listing = "\n".join(lines)
     version = f"{CACHE_VERSION} {size}\n{listing}".encode(errors="surrogateescape")
     origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    stem = f"{folder.resolve().name}-{origin}-{size}-"
+    stem = f"{'' if strict else 'readable-'}{folder.resolve().name}-{origin}-{size}-"
     cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
     shape = (len(paths), 3, size, size)
-    images = _open_cache(cache, shape)
-    if images is not None:
-        return images
+    found = _open_cache(cache, shape)
+    if found is not None:
+        images, rows = found
+        return images, _decode_into(images.numpy(), rows, paths, folder, size, strict)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
@@ -203,65 +223,98 @@ def decode_folder(paths: list[Path], folder: Path, data_dir: Path, size: int) ->
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
                 with open(draft, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            _decode_into(drafted, paths, folder, size)
+            broken = _decode_into(drafted, range(len(paths)), paths, folder, size, strict)
             drafted.flush()
-            Path(temporary, "sum.json").write_text(json.dumps({"crc32": zlib.crc32(drafted.data)}))
+            record = {"crc32": zlib.crc32(drafted.data), "broken": list(broken)}
+            Path(temporary, "sum.json").write_text(json.dumps(record))
             os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
             os.replace(draft, cache)
     except OSError as error:
         print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
         array = np.empty(shape, np.uint8)
-        _decode_into(array, paths, folder, size)
-        return torch.from_numpy(array)
+        broken = _decode_into(array, range(len(paths)), paths, folder, size, strict)
+        return torch.from_numpy(array), broken
     for old in cache.parent.glob(f"{glob.escape(stem)}*"):
         if old.suffix in (".npy", ".json") and old.stem != cache.stem:
             old.unlink(missing_ok=True)
-    images = _open_cache(cache, shape)
-    require(images is not None, f"{cache} changed while it was written: start again")
-    return typing.cast(Tensor, images)
+    found = _open_cache(cache, shape)
+    require(found is not None, f"{cache} changed while it was written: start again")
+    return found[0], broken
 
 
-def _open_cache(cache: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The cached images, or None when they are missing or damaged."""
+def _file_state(path: Path) -> str:
+    """What changes with a file: its size and time; raises OSError when it is no plain file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a plain file: remove it")
+    return f"{status.st_size}\0{status.st_mtime_ns}"
+
+
+def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int]] | None:
+    """The cached images and the rows that could not be read, or None when they are damaged."""
     if not cache.exists():
         return None
     try:
         # Copy on write: torch wants a writable array, and nothing may reach the file.
         array = np.lib.format.open_memmap(cache, "c")
-        checksum = json.loads(cache.with_suffix(".json").read_text())["crc32"]
-        if array.shape == shape and array.dtype == np.uint8 and zlib.crc32(array.data) == checksum:
-            return torch.from_numpy(array)
+        record = json.loads(cache.with_suffix(".json").read_text())
+        same = array.shape == shape and array.dtype == np.uint8
+        if same and zlib.crc32(array.data) == record["crc32"]:
+            # Caches of older versions hold no broken images.
+            return torch.from_numpy(array), record.get("broken", [])
     except Exception:  # numpy's parser of the header raises nearly anything
         pass
     print(f"The image cache {cache} is damaged: decoding again.")
     return None
 
 
-def _decode_into(array: np.ndarray, paths: list[Path], folder: Path, size: int) -> None:
-    """Decode every path into its row of `array`, in threads (Pillow releases the lock)."""
+def _decode_into(
+    array: np.ndarray,
+    rows: Sequence[int],
+    paths: list[Path],
+    folder: Path,
+    size: int,
+    strict: bool,
+) -> dict[int, str]:
+    """Decode the paths at `rows` into these rows of `array`, in threads (Pillow releases the lock).
+
+    Returns:
+        The rows that cannot be read, and why; with `strict` they are a UserError.
+    """
     from tqdm import tqdm
 
-    def decode(start: int) -> list[tuple[Path, Exception]]:
-        failed: list[tuple[Path, Exception]] = []
-        for row in range(start, min(start + 256, len(paths))):
+    def decode(part: Sequence[int]) -> dict[int, str]:
+        failed: dict[int, str] = {}
+        for row in part:
             try:
+                _file_state(paths[row])  # opening a pipe would wait for its other end
                 array[row] = decode_image(paths[row], size)
             except Exception as error:  # Pillow's decoders raise nearly anything
-                failed.append((paths[row], error))
+                failed[row] = _reason(error)
         return failed
 
-    failed: list[tuple[Path, Exception]] = []
+    if not rows:
+        return {}
+    failed: dict[int, str] = {}
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(paths), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,
+        tqdm(total=len(rows), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,
     ):
-        for done in pool.map(decode, range(0, len(paths), 256)):
-            failed += done
-            bar.update(min(256, len(paths) - bar.n))
-    if failed:
-        path, error = failed[0]
-        reason = "no image format that Pillow knows" if "cannot identify" in str(error) else error
+        for done in pool.map(decode, [rows[i : i + 256] for i in range(0, len(rows), 256)]):
+            failed |= done
+            bar.update(min(256, len(rows) - bar.n))
+    if failed and strict:
+        row, reason = next(iter(failed.items()))
         raise UserError(
             f"{len(failed)} of {len(paths)} images in {folder} cannot be read; the first is "
-            f"{path}: {reason}. Repair or remove them"
+            f"{paths[row]}: {reason}. Repair or remove them"
         )
+    return failed
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with an image, in one line and without its path."""
+    if "cannot identify" in str(error):
+        return "no image format that Pillow knows"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())

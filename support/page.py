@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import files
+from support import files, neighbours
 
 TILE = 32  # pixels; larger images are scaled down, so that 10,000 fit into a few megabytes
 PAGE = """<!doctype html>
@@ -104,24 +104,22 @@ map.on("plotly_hover", event => show(event.points[0].customdata));
 def nearest(features: Tensor, count: int = 5) -> Tensor:
     """Positions `(N, count)` of each feature's nearest others by cosine, nearest first."""
     features = F.normalize(features.float(), dim=1)
-    count = min(count, len(features) - 1)
-    found = []
-    for start in range(0, len(features), 1000):
-        similarity = features[start : start + 1000] @ features.T  # (1000, N)
-        rows = torch.arange(len(similarity), device=features.device)
-        similarity[rows, rows + start] = -torch.inf
-        found.append(similarity.topk(count, dim=1).indices)
-    return torch.cat(found)
+    return neighbours.find_nearest(features, features, count)[1]
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Images `(N, C, H, W)`, uint8, as `(N, C, side, side)`; smaller ones as they are."""
+    if max(images.shape[2:]) <= side:
+        return images
+    small = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).byte()
 
 
 def sprite(images: Tensor) -> tuple[bytes, int]:
     """All images `(N, C, H, W)`, uint8, as the tiles of one WebP, and the number of columns."""
     from PIL import Image
 
-    tiles = images.cpu()
-    if max(tiles.shape[2:]) > TILE:
-        small = F.interpolate(tiles.float(), (TILE, TILE), mode="bilinear", antialias=True)
-        tiles = small.round().clamp(0, 255).byte()
+    tiles = torch.cat([shrink(part.cpu(), TILE) for part in images.split(500)])
     count, channels, height, width = tiles.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

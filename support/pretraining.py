@@ -510,6 +510,8 @@ def run_experiment(
                 return {}
             facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
             facts |= {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()}
+            facts["size"] = data.train.images.shape[2]  # side of the images in pixels
+            facts["computed_in"] = devices.pick_precision(config.device, config.precision)
             # One entry: safetensors writes several in random order.
             about = {"about": json.dumps(facts)}
             checkpoints.save_weights(run.folder / "encoder.safetensors", model.encoder, about)

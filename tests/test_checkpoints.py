@@ -320,6 +320,33 @@ def test_encoder_is_read_back_by_safetensors(tmp_path, layout):
     assert torch.allclose(other.eval()(images), encoder.eval()(images), atol=1e-6)
 
 
+def test_tensors_and_what_is_said_of_them_come_back(tmp_path):
+    path = tmp_path / "probe.safetensors"
+    tensors = {"weight": torch.randn(3, 4).T, "bias": torch.arange(3)}
+    checkpoints.save_tensors(path, tensors, {"about": '{"classes": ["ä", "$b"]}'})
+    found, about = checkpoints.load_tensors(path)
+    assert equal(found, tensors)
+    assert about == {"classes": ["ä", "$b"]}
+    checkpoints.save_tensors(path, tensors, {})
+    assert checkpoints.load_tensors(path)[1] == {}
+
+
+def test_damaged_tensors_are_named(tmp_path, user_error):
+    path = tmp_path / "a.safetensors"
+    with user_error(path, "No such file"):
+        checkpoints.load_tensors(path)
+    checkpoints.save_tensors(path, {"a": torch.ones(100)}, {"about": "[]"})
+    with user_error(path, "about"):
+        checkpoints.load_tensors(path)
+    whole = path.read_bytes()
+    for content in (b"", b"no tensors", whole[:-1], whole[:50], b"\xff" * len(whole)):
+        path.write_bytes(content)
+        with user_error(path):
+            checkpoints.load_tensors(path)
+    with user_error(tmp_path):
+        checkpoints.load_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_weights_of_elsewhere_are_taken_where_they_fit(tmp_path, kind):
     source = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

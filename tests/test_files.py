@@ -199,3 +199,16 @@ def test_damaged_arrays_are_refused(tmp_path, user_error):
         path.write_bytes(content)
         with user_error(path, "damaged"):
             files.read_arrays(path)
+
+
+def test_table_with_given_columns_takes_rows_one_by_one(tmp_path):
+    rows = ({"name": name} for name in ("a", "ä", "caf\udce9"))
+    files.write_csv(tmp_path / "a.csv", rows, ("name", "more"))
+    assert (tmp_path / "a.csv").read_text("utf-8").split() == [
+        "name,more",
+        "a,",
+        "ä,",
+        r"caf\udce9,",
+    ]
+    files.write_csv(tmp_path / "a.csv", [], ("name", "more"))
+    assert (tmp_path / "a.csv").read_text().split() == ["name,more"]

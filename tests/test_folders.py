@@ -628,3 +628,75 @@ def test_failed_decoding_leaves_nothing(tmp_path, user_error):
     with user_error("1 of 2", "1.png"):
         load_folder(tmp_path / "in", tmp_path / "data")
     assert cache_files(tmp_path / "data") == []
+
+
+# folders with broken images
+
+
+def make_mixed_folder(root):
+    """Three good images, a file that is none, a truncated one, a dead link and a pipe."""
+    made = make_folder(root, *(f"{name}.png" for name in "adf"))
+    (root / "b.png").write_text("no image")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(root / "c.png")
+    os.truncate(root / "c.png", 5000)
+    (root / "e.png").symlink_to("nowhere.png")
+    os.mkfifo(root / "g.png")
+    return made
+
+
+def readable(root, data_dir):
+    paths = folders.image_files(root)
+    images, broken = folders.decode_readable(paths, root, data_dir, 8)
+    assert images.shape == (len(paths), 3, 8, 8)
+    assert len(set(broken.values())) == len(broken)
+    good = {
+        paths[row].name: tuple(images[row, :, 4, 4].tolist())
+        for row in range(len(paths))
+        if row not in broken
+    }
+    return good, {paths[row].name: reason for row, reason in broken.items()}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_broken_images_are_told_apart_also_from_the_cache(tmp_path, decoded, cached):
+    made = make_mixed_folder(tmp_path / "in")
+    if not cached:
+        (tmp_path / "data").write_text("")
+    for _ in range(2):
+        decoded.clear()
+        good, broken = readable(tmp_path / "in", tmp_path / "data")
+        assert {colour: name for name, colour in good.items()} == made
+        assert broken.keys() == {f"{name}.png" for name in "bceg"}
+        for name, word in zip("bceg", ("format", "truncated", "No such", "plain"), strict=True):
+            assert word in broken[f"{name}.png"]
+            assert str(tmp_path) not in broken[f"{name}.png"]
+    assert sorted(decoded) == (["b.png", "c.png"] if cached else [f"{n}.png" for n in "abcdf"])
+
+
+def test_image_that_can_be_read_again_is(tmp_path, monkeypatch):
+    make_folder(tmp_path / "in", "0.png", "1.png")
+    decode_image = folders.decode_image
+
+    def unplugged(path, size):
+        if path.name == "1.png":
+            raise OSError(5, "Input/output error")
+        return decode_image(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "decode_image", unplugged)
+        good, broken = readable(tmp_path / "in", tmp_path / "data")
+    assert (good, broken) == ({"0.png": (0, 255, 0)}, {"1.png": "Input/output error"})
+    good, broken = readable(tmp_path / "in", tmp_path / "data")
+    assert (good, broken) == ({"0.png": (0, 255, 0), "1.png": (1, 254, 7)}, {})
+
+
+def test_a_folder_to_train_on_and_its_readable_images_have_caches_of_their_own(tmp_path, decoded):
+    make_folder(tmp_path / "in", "0.png", "1.png")
+    for _ in range(2):
+        load_folder(tmp_path / "in", tmp_path / "data")
+        readable(tmp_path / "in", tmp_path / "data")
+    assert len(decoded) == 4
+    (tmp_path / "in" / "2.png").write_text("no image")
+    readable(tmp_path / "in", tmp_path / "data")
+    assert len(cache_files(tmp_path / "data")) == 4  # the older one of the readable images is gone

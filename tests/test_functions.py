@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import functions
-from support import datasets, devices, encoders, files
+from support import checkpoints, datasets, devices, encoders, files
 
 REPOSITORY = Path(functions.__file__).parent
 
@@ -534,6 +534,21 @@ def test_probe_stage_measures_the_frozen_encoder_and_the_pixels(probed):
     assert probed.result["knn_accuracy"] == knn
 
 
+def test_the_saved_probe_repeats_the_predictions(probed):
+    probe, about = checkpoints.load_tensors(probed.folder / "probe.safetensors")
+    assert about == {"classes": list(probed.data.classes)}
+    features = functions.extract_features(probed.model.encoder, probed.data.test)
+    saved = files.read_arrays(probed.folder / "predictions.npz")["predictions"]
+    logits = functions.apply_probe(features, probe)
+    assert np.array_equal(logits.argmax(1).numpy(), saved)
+    train = (
+        functions.extract_features(probed.model.encoder, probed.data.train).numpy().astype(float)
+    )
+    scaled = (features.numpy() - train.mean(0)) / train.std(0).clip(1e-6)
+    expected = scaled @ probe["weight"].numpy().T + probe["bias"].numpy()
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_predictions_and_maps_tell_which_image_a_row_is_of(probed):
     arrays = files.read_arrays(probed.folder / "predictions.npz")
     assert arrays["index"].tolist() == list(range(90))
@@ -595,6 +610,15 @@ def test_project_2d_repeats_itself(method, count):
     assert np.isfinite(first).all()
     assert first.std(0).min() > 0
     assert np.array_equal(first, again)
+
+
+@pytest.mark.parametrize("method", ["tsne", "umap"])
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_project_2d_puts_equal_features_at_one_point(method, value):
+    # scikit-learn's t-SNE divides by their deviation, and then crashes the process.
+    result = functions.project_2d(torch.full((9, 7), value), method, seed=0)
+    assert result.shape == (9, 2)
+    assert not result.any()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

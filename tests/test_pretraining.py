@@ -679,6 +679,8 @@ def test_the_encoders_file_says_how_to_use_it(whole):
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert facts.pop("mean") == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert facts.pop("std") == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-6)
+    assert facts.pop("size") == pixels.shape[2] == pixels.shape[3]
+    assert facts.pop("computed_in") == files.read_json(whole / "config.json")["computed_in"]
     assert facts == {"encoder": "small", "stem": "cifar", "width": 64}
     saved = state_of(whole)["model"]
     assert weights.keys() == {"1.weight", "1.bias"}

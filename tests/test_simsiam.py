@@ -24,7 +24,7 @@ ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png views.png "
     "report.html probe.csv probe.png per_class_accuracy.png confusion_matrix.png embeddings.npz "
     "umap_z.png umap_z.csv predictions.npz embedding.html umap_p.png umap_p.csv "
-    "label_efficiency.csv label_efficiency.png checkpoints"
+    "label_efficiency.csv label_efficiency.png checkpoints probe.safetensors"
 )
 
 
