@@ -199,6 +199,21 @@ def test_no_two_images_or_views_share_a_draw(augmentation):
 # --------------------------------------------------------------------------------- training
 
 
+def test_compiled_training_equals_eager(tmp_path, monkeypatch, fabric):
+    compiler = torch.compile
+
+    def traced(part, **options):  # the whole graph, or an error
+        return compiler(part, **{**options, "backend": "aot_eager", "fullgraph": True})
+
+    monkeypatch.setattr(torch, "compile", traced)
+    states = {}
+    for choice in ("off", "on"):
+        config = small_config(compile=choice)
+        _, model = pretrain(tmp_path / choice, config, make_data(), fabric)
+        states[choice] = model.state_dict()
+    torch.testing.assert_close(states["on"], states["off"], rtol=0, atol=5e-6)
+
+
 def narrow_papers_head(model):
     """2048 units in float64 take their time, and `test_the_papers_head` looks at those."""
     layers = [nn.Linear(128, 20, bias=False), nn.BatchNorm1d(20), nn.ReLU()]
