@@ -1,14 +1,14 @@
 """Short runs of a table of settings, scored on held-out training images: how recipes are chosen.
 
     python benchmarks/pilots.py docs/results/pilots/simclr.csv --dataset data/cifar10-images
-    python benchmarks/pilots.py docs/results/pilots/simclr.csv --only base --epochs 1
+    python benchmarks/pilots.py docs/results/pilots/simclr.csv --only base --dataset digits
 
 A row of the table is a run: `name`, `script`, `flags`. Self-supervised runs keep a tenth of the
 training images back (`--evaluate-on validation`) and are scored on them by linear probe and kNN;
-rnn.py's have their validation images. What each run gets goes into `scores.csv` beside the table.
-A second call leaves out the runs that are finished and goes on with the one that was stopped, so a
-longer table takes the time of its new rows. Settings that follow the name, like `--dataset`, hold
-for all rows.
+rnn.py's have their validation images. What each run of `simclr.csv` gets goes into
+`simclr-scores.csv` beside it. A second call leaves out the runs that are finished and goes on with
+the one that was stopped, so a longer table takes the time of its new rows. Other flags, like
+`--dataset`, are given to all rows.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def run(row: dict[str, str], folder: Path, flags: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the rows of a table, and print the scores."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", type=Path, help="CSV with the columns name, script, flags")
     parser.add_argument("--only", help="names of rows, with commas between them")
     parser.add_argument("--results", type=Path, default=Path("results/pilots"))
@@ -74,6 +74,8 @@ def main() -> None:
     wanted = arguments.only.split(",") if arguments.only else [row["name"] for row in table]
     unknown = set(wanted) - {row["name"] for row in table}
     require(not unknown, f"{arguments.table} has no row {sorted(unknown)}")
+    strange = {row["script"] for row in table} - SHARED.keys()
+    require(not strange, f"{arguments.table} knows {', '.join(SHARED)}, not {sorted(strange)}")
     scored = []
     for row in table:
         folder = arguments.results / arguments.table.stem / row["script"] / row["name"]

@@ -31,3 +31,7 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "training images" not in again.stdout  # nothing ran
     assert call(tmp_path, "--only", "three").returncode == 2
+    files.write_csv(tmp_path / "table.csv", [{**rows[0], "script": "other"}])
+    strange = call(tmp_path)
+    assert strange.returncode == 2
+    assert len(strange.stderr.splitlines()) == 1
