@@ -468,14 +468,16 @@ def run_experiment(
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
-    config = with_warm_restart(config)
-    if config.evaluate_on == "validation":
-        data = data.for_choosing()
     processes, nodes = devices.process_layout(config)
-    check_fit(config, data, processes * nodes)
-    fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
     # Processes that train alone, like the tasks of an interactive SLURM job, all have folders.
     main_process = processes * nodes == 1 or devices.process_rank() == 0
+    config, line = with_warm_restart(config)
+    if line and main_process:
+        print(line)
+    if config.evaluate_on == "validation":
+        data = data.for_choosing()
+    check_fit(config, data, processes * nodes)
+    fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
     with contextlib.ExitStack() as stack:
         run = None
         if main_process:
@@ -494,6 +496,8 @@ def run_experiment(
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if main_process:
             print(data)
+            if config.evaluate_on == "validation":
+                print("what are called test images are held-out training images")
             several = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
             print(
                 f"{type(model).__name__} with {config.encoder}, "
@@ -550,26 +554,26 @@ def run_experiment(
     return summary
 
 
-def with_warm_restart(config: Any) -> Any:
-    """The settings of a new run, where `config` asks for more epochs of a finished one.
+def with_warm_restart(config: Any) -> tuple[Any, str]:
+    """The settings of a new run and a line that says so, if `config` is longer than a finished run.
 
     The new one starts from the old one's weights and has a schedule of its own; the old one's rate
-    has come to its end. Otherwise the settings stay as they are.
+    has come to its end. Otherwise the settings stay as they are, and the line is empty.
     """
-    if config.resume is None:
-        return config
-    folder = Path(config.resume)
-    saved, checkpoint = settings.load_config(type(config), folder), folder / "checkpoint.pt"
-    if config.epochs <= saved.epochs or not checkpoint.exists():
-        return config
-    if checkpoints.load(checkpoint)["epoch"] < saved.epochs:
-        return config
-    print(
-        f"{folder} has finished its {saved.epochs} epochs: a new run starts from its weights, with "
-        f"a schedule of {config.epochs} epochs (a warm restart)"
+    folder = Path(config.resume or "")
+    checkpoint = folder / "checkpoint.pt"
+    if config.resume is None or not checkpoint.exists():
+        return config, ""
+    saved = files.read_json(folder / "config.json")
+    finished = saved.get("epochs") == checkpoints.load(checkpoint)["epoch"] < config.epochs
+    if not finished:
+        return config, ""
+    line = (
+        f"{folder} has finished its {saved['epochs']} epochs: a new run starts from its weights, "
+        f"with a schedule of {config.epochs} epochs (a warm restart)"
     )
-    name = None if config.name == saved.name else config.name
-    return dataclasses.replace(config, resume=None, name=name, weights=str(checkpoint))
+    name = None if config.name == saved.get("name") else config.name
+    return dataclasses.replace(config, resume=None, name=name, weights=str(checkpoint)), line
 
 
 def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: int) -> None:
