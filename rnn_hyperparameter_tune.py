@@ -12,14 +12,11 @@ stopped sweep goes on with the trials that are left.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 import shlex
-import statistics
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +61,9 @@ class Config(sweep.SweepConfig):
     SCRIPT = "rnn_hyperparameter_tune"
 
     cell: Literal["rnn", "lstm", "gru"] = setting("gru", "sweep", "which cell to tune")
+    pruner: Literal["median", "hyperband", "none"] = setting(
+        "median", "sweep", "how hopeless trials are stopped early"
+    )
     space: Literal["original", "wide"] = setting(
         "original", "sweep", "what is searched; wide: also pooling, directions, views and so on"
     )
@@ -209,6 +209,17 @@ def make_trainer(config: rnn.Config, callbacks: list[Callback]) -> Trainer:
     )
 
 
+def make_pruner(config: Config) -> optuna.pruners.BasePruner:
+    """Optuna's pruner of `--pruner`."""
+    from optuna import pruners
+
+    return {
+        "median": lambda: pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        "hyperband": lambda: pruners.HyperbandPruner(1, config.max_epochs),
+        "none": pruners.NopPruner,
+    }[config.pruner]()
+
+
 class Objective:
     """Trains one trial and returns its last epoch's validation loss. Loads the data once."""
 
@@ -249,17 +260,16 @@ def main(config: Config) -> dict[str, Any]:
     names = ("cell", "image_size", "max_epochs", "train_fraction", "augmentation", "seed")
     about = {name: getattr(config, name) for name in names}
     about |= {"data": fingerprint, "space": config.search_space}
-    with (
-        runs.open_run(config, fingerprint, sweep.FREE_ON_RESUME) as run,
-        sweep.open_sweep(config, run.folder, about) as search,
-    ):
-        try:
-            search.run(functools.partial(Objective, config))
-        except KeyboardInterrupt:
-            with contextlib.suppress(errors.UserError):  # All trials may have failed so far.
-                write_results(search.study, config, run)
-            raise
-        best = write_results(search.study, config, run)
+    free = sweep.FREE_ON_RESUME | {"pruner"}
+    with runs.open_run(config, fingerprint, free) as run:
+        best = sweep.run_study(
+            config,
+            run.folder,
+            about,
+            functools.partial(Objective, config),
+            functools.partial(write_results, config=config, run=run),
+            pruner=make_pruner(config),
+        )
         report.write_report(run.folder, Config)
         runs.print_folder(run.folder)
     return best
@@ -295,7 +305,9 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
     }
     files.write_json(folder / "best.json", best)
     name = functions.plain(Path(config.dataset).name)
-    plot_sweep(study, folder, f"{config.cell.upper()} sweep on {name}")
+    title = f"{config.cell.upper()} sweep on {name}"
+    names = list(config.search_space)
+    functions.plot_sweep(study, folder, title, "validation loss", names, complete[0].number)
     print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")
     for rank, trial in enumerate(complete[:5], 1):
         line = (
@@ -312,73 +324,6 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
     print("  python rnn.py", shlex.join(words), "\\")
     print("    --config", shlex.quote(str(folder / "best.json")))
     return best
-
-
-def plot_sweep(study: optuna.Study, folder: Path, title: str) -> None:
-    """Plot the sweep: two plots of our own, and Optuna's where they stay legible.
-
-    Diverged trials would squeeze all others into a line, so losses are cut off at one and a half
-    times their median.
-    """
-    import matplotlib
-    import optuna.visualization.matplotlib as plots
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    trials = [t for t in study.get_trials(deepcopy=False) if t.intermediate_values]
-    last = [list(trial.intermediate_values.values())[-1] for trial in trials]
-    cap = 1.5 * statistics.median(last)
-    colors = {"COMPLETE": functions.TRAIN_COLOR, "PRUNED": functions.TEST_COLOR, "FAIL": "black"}
-
-    history = functions.new_figure(8, 4)
-    values = functions.new_figure(8, 4)
-    axes, lines = history.subplots(), values.subplots()
-    for state, color in colors.items():
-        chosen = [(t, loss) for t, loss in zip(trials, last, strict=True) if t.state.name == state]
-        for trial, _ in chosen:
-            epochs = [step + 1 for step in trial.intermediate_values]
-            losses = [min(cap, loss) for loss in trial.intermediate_values.values()]
-            label = state.lower() if trial is chosen[0][0] else None
-            lines.plot(epochs, losses, color=color, marker=".", alpha=0.5, label=label)
-        if chosen:
-            dots = zip(*((t.number, min(cap, loss)) for t, loss in chosen), strict=True)
-            axes.scatter(*dots, s=14, color=color, label=state.lower())
-    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    best = list(itertools.accumulate((min(cap, trial.value) for trial in done), min))
-    numbers = [trial.number for trial in done]
-    if done and trials[-1].number > numbers[-1]:
-        numbers, best = [*numbers, trials[-1].number], [*best, best[-1]]
-    axes.step(numbers, best, where="post", color="#009988", label="best so far")
-    highest = max(loss for trial in trials for loss in trial.intermediate_values.values())
-    note = f", cut off at {cap:.2f}" if highest > cap else ""
-    functions.style_axes(axes, "trial", f"last validation loss{note}")
-    functions.style_axes(lines, "epoch", f"validation loss{note}")
-    for figure in (history, values):
-        figure.suptitle(title)
-        figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    functions.save_figure(history, folder / "optimization_history.png")
-    functions.save_figure(values, folder / "intermediate_values.png")
-
-    wanted = {"timeline": lambda: plots.plot_timeline(study)}
-    if len(done) > 1:  # These two compare trials.
-        wanted["param_importances"] = lambda: plots.plot_param_importances(study)
-        wanted["parallel_coordinate"] = lambda: plots.plot_parallel_coordinate(
-            study, target=lambda trial: min(cap, trial.value), target_name="validation loss"
-        )
-    for name, plot in wanted.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They are experimental, and dislike a single value.
-            drawn: Any = plot().figure
-        drawn.axes[0].set_title("", loc="left")  # One of Optuna's titles is there.
-        drawn.axes[0].set_title(f"{title}: {name.replace('_', ' ')}")
-        if name == "parallel_coordinate":
-            for each in drawn.axes:
-                each.grid(False)  # Its lines look like the worst trials.
-        drawn.set_size_inches(10, 5)
-        with files.atomic_file(folder / f"{name}.png") as temporary:
-            drawn.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-        plt.close(drawn)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 30  # seconds between two signs of life in a database that machines share
 GRACE = 120  # seconds without one after which a machine's trials are run by others
-FREE_ON_RESUME = frozenset({"trials", "timeout", "workers", "pruner"})
+FREE_ON_RESUME = frozenset({"trials", "timeout", "workers"})
 
-Objective = Callable[[Any], float]  # of an `optuna.Trial`; the lower, the better
+Objective = Callable[[Any], float]  # of an `optuna.Trial`
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,8 @@ class SweepConfig(settings.RunConfig):
     """The settings every sweep has."""
 
     trials: int = setting(100, "sweep", "finished trials to reach, counting those on disk")
-    max_epochs: int = setting(10, "sweep", "epochs of a trial that is not pruned")
+    max_epochs: int = setting(10, "sweep", "epochs of the longest trials")
     timeout: float | None = setting(None, "sweep", "minutes after which no trial is started")
-    pruner: Literal["median", "hyperband", "none"] = setting(
-        "median", "sweep", "how hopeless trials are stopped early"
-    )
     storage: str | None = setting(
         None, "sweep", "URL of a database that several machines share (default: a file)"
     )
@@ -122,10 +119,10 @@ def is_finished(trial: optuna.trial.FrozenTrial) -> bool:
 class Sweep:
     """An open study, and the trials that this process and its workers run of it."""
 
-    def __init__(self, config: SweepConfig, study: optuna.Study, storage: Any):
+    def __init__(self, config: SweepConfig, study: optuna.Study, storage: Any, plan: Plan):
         import optuna
 
-        self.config, self.study, self.storage = config, study, storage
+        self.config, self.study, self.storage, self.plan = config, study, storage, plan
         self.shared = config.storage is not None
         self.running: dict[int, optuna.Trial] = {}  # The keys are the database's.
         self.killed_in_a_row = 0
@@ -150,6 +147,10 @@ class Sweep:
     def count_finished(self) -> int:
         """How many trials have finished, on all machines."""
         return sum(map(is_finished, self.trials()))
+
+    def time_spent(self) -> float:
+        """The share of `--timeout` that has passed; 0 without one."""
+        return (time.time() - self.began) / (60 * (self.config.timeout or math.inf))
 
     def is_over(self) -> bool:
         """Whether enough trials have finished, or the time is over."""
@@ -183,11 +184,11 @@ class Sweep:
             self.requeue_lost_trials()
             if self.count_finished() + len(self.trials("RUNNING")) >= self.config.trials:
                 return None
+            if not self.trials("WAITING") and ((fixed := self.plan(self)) or self.shared):
+                self.study.enqueue_trial(fixed)
             if self.shared:
                 # A trial has a sign of life before it runs: a machine that died between the two
                 # would be waited for for ever.
-                if not self.trials("WAITING"):
-                    self.study.enqueue_trial({})
                 self.storage.record_heartbeat(self.trials("WAITING")[0]._trial_id)
             with warnings.catch_warnings():
                 # Optuna expects its `optimize` to give signs of life; here `_heartbeats` does.
@@ -215,7 +216,7 @@ class Sweep:
     def print_progress(self, trial: optuna.trial.FrozenTrial) -> None:
         """One line: how many have finished, this trial, the best one, the time that is left."""
         done = self.count_finished()
-        best = min(self.trials("COMPLETE"), key=lambda trial: trial.value, default=None)
+        best = self.study.best_trial if self.trials("COMPLETE") else None
         pace = (time.time() - self.began) / max(1, done - self.finished_before)
         left = progress.format_seconds(pace * max(0, self.config.trials - done))
         value = f"{trial.value:.4f}" if trial.value is not None else "      "
@@ -227,7 +228,7 @@ class Sweep:
         """Run trials until enough have finished, or until no more are to be started.
 
         Args:
-            make_objective: makes the function to minimise, once per process; workers get it
+            make_objective: makes the function to optimise, once per process; workers get it
                 pickled.
 
         Raises:
@@ -328,14 +329,27 @@ class Sweep:
             stopped.set()
 
 
+Plan = Callable[[Sweep], dict[str, Any]]  # the parameters that the next trial must have
+
+
 @contextlib.contextmanager
-def open_sweep(config: SweepConfig, folder: Path, about: dict[str, Any]) -> Iterator[Sweep]:
+def open_sweep(
+    config: SweepConfig,
+    folder: Path,
+    about: dict[str, Any],
+    direction: Literal["minimize", "maximize"] = "minimize",
+    pruner: optuna.pruners.BasePruner | None = None,
+    plan: Plan = lambda sweep: {},
+) -> Iterator[Sweep]:
     """Create or continue the study of a run folder, or that of `config.storage`.
 
     Args:
         config: the sweep's settings.
         folder: the run folder; without `config.storage` its `study.db` holds the study.
         about: what the study is about, as JSON takes it; it must be the same on resume.
+        direction: of the objective.
+        pruner: stops hopeless trials early; none without it.
+        plan: chooses parameters of the next trial; the sampler draws the others.
 
     Raises:
         UserError: the database cannot be reached, read or written, at any time while the sweep is
@@ -343,7 +357,7 @@ def open_sweep(config: SweepConfig, folder: Path, about: dict[str, Any]) -> Iter
     """
     place = config.storage.split("@")[-1] if config.storage else str(folder / "study.db")
     try:
-        study, storage = _open_study(config, folder)
+        study, storage = _open_study(config, folder, direction, pruner)
         known = study.user_attrs.get("about")
         if known is None:
             study.set_user_attr("about", about)
@@ -358,12 +372,36 @@ def open_sweep(config: SweepConfig, folder: Path, about: dict[str, Any]) -> Iter
             f"{expected[key]}: start another run, or give --storage another --study",
         )
     try:
-        yield Sweep(config, study, storage)
+        yield Sweep(config, study, storage, plan)
     except _database_errors() as error:
         raise _in_one_line(place, error) from error
 
 
-def _open_study(config: SweepConfig, folder: Path) -> tuple[optuna.Study, Any]:
+def run_study(
+    config: SweepConfig,
+    folder: Path,
+    about: dict[str, Any],
+    make_objective: Callable[[], Objective],
+    write_results: Callable[[optuna.Study], dict[str, Any]],
+    **options: Any,
+) -> dict[str, Any]:
+    """Open (or continue) a sweep, run it to its end, and return what `write_results` does.
+
+    After Ctrl-C the results so far are written, too. `options` are those of `open_sweep`.
+    """
+    with open_sweep(config, folder, about, **options) as search:
+        try:
+            search.run(make_objective)
+        except KeyboardInterrupt:
+            with contextlib.suppress(UserError):  # All trials may have failed so far.
+                write_results(search.study)
+            raise
+        return write_results(search.study)
+
+
+def _open_study(
+    config: SweepConfig, folder: Path, direction: Any, pruner: optuna.pruners.BasePruner | None
+) -> tuple[optuna.Study, Any]:
     import optuna
     import sqlalchemy
 
@@ -392,13 +430,9 @@ def _open_study(config: SweepConfig, folder: Path) -> tuple[optuna.Study, Any]:
     study = optuna.create_study(
         storage=storage,
         study_name=config.study if config.storage else "study",
-        direction="minimize",
+        direction=direction,
         load_if_exists=True,
-        pruner={
-            "median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
-            "hyperband": optuna.pruners.HyperbandPruner(1, config.max_epochs),
-            "none": optuna.pruners.NopPruner(),
-        }[config.pruner],
+        pruner=pruner or optuna.pruners.NopPruner(),
     )
     return study, storage
 
@@ -539,10 +573,14 @@ def _serve(connection: Any, make_objective: Callable[[], Objective], workers: in
 
 
 def trial_rows(
-    trials: Sequence[optuna.trial.FrozenTrial], value: str, parameters: Sequence[str]
+    trials: Sequence[optuna.trial.FrozenTrial],
+    value: str,
+    parameters: Sequence[str],
+    attributes: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The rows of `trials.csv`: each trial with its value (in the column so named) and parameters.
 
+    `attributes` are those that the objective has set on the trial, each a column as well.
     `retry_of` is the trial that was stopped or killed and is run again in this one.
     """
     return [
@@ -552,6 +590,7 @@ def trial_rows(
             value: trial.value,
             "epochs": len(trial.intermediate_values),
             **{name: trial.params.get(name) for name in parameters},
+            **{name: trial.user_attrs.get(name) for name in attributes},
             "seconds": trial.duration.total_seconds() if trial.duration else None,
             "reason": trial.user_attrs.get("reason", None if is_finished(trial) else "stopped"),
             "retry_of": trial.user_attrs.get("retry_of"),

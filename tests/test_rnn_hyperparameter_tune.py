@@ -16,6 +16,7 @@ import optuna
 import pytest
 import torch
 
+import functions
 import rnn
 import rnn_hyperparameter_tune as tune
 from support import runs, settings, sweep
@@ -53,7 +54,7 @@ def rows_of(config: tune.Config) -> list[dict[str, str]]:
 def tiny(monkeypatch):
     """A space of small models, and no plots."""
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, **SMALL})
-    monkeypatch.setattr(tune, "plot_sweep", lambda *_: None)
+    monkeypatch.setattr(functions, "plot_sweep", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_a_sweep_writes_its_results(finished):
     assert best["validation_loss"] == min(float(row["validation_loss"]) for row in rows)
     chosen = rows[best["trial"]]
     assert all(float(chosen[name]) == best[name] for name in tune.SPACE)
-    plots = "optimization_history parallel_coordinate param_importances intermediate_values "
+    plots = "optimization_history settings param_importances intermediate_values "
     assert {path.stem for path in folder.glob("*.png")} == set((plots + "timeline").split())
     assert "3/3" in printed
     config = rnn.read_best(str(folder / "best.json"))

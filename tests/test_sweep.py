@@ -22,11 +22,11 @@ ABOUT = {"space": {"x": [0, 1]}}
 
 
 def make_config(**changes) -> sweep.SweepConfig:
-    return sweep.SweepConfig(**{"trials": 4, "max_epochs": 3, "pruner": "none", **changes})
+    return sweep.SweepConfig(**{"trials": 4, "max_epochs": 3, **changes})
 
 
-def run(folder: Path, make_objective, **changes) -> list[optuna.trial.FrozenTrial]:
-    with sweep.open_sweep(make_config(**changes), folder, ABOUT) as search:
+def run(folder: Path, make_objective, pruner=None, **changes) -> list[optuna.trial.FrozenTrial]:
+    with sweep.open_sweep(make_config(**changes), folder, ABOUT, pruner=pruner) as search:
         search.run(make_objective)
         return search.study.get_trials()
 
@@ -181,7 +181,7 @@ def test_no_trial_is_started_when_the_time_is_over(tmp_path):
     assert states(run(tmp_path, lambda: objective, trials=10**6, timeout=0.1 / 60)) == ["COMPLETE"]
 
 
-def test_the_median_pruner_stops_a_trial_worse_than_the_others(tmp_path):
+def test_a_pruner_stops_a_trial_worse_than_the_others(tmp_path):
     epochs = []
 
     def objective(trial):
@@ -193,7 +193,7 @@ def test_the_median_pruner_stops_a_trial_worse_than_the_others(tmp_path):
                 raise optuna.TrialPruned
         return 1.0
 
-    trials = run(tmp_path, lambda: objective, trials=7, pruner="median")
+    trials = run(tmp_path, lambda: objective, trials=7, pruner=optuna.pruners.MedianPruner(5, 1))
     assert states(trials)[6] == "PRUNED"
     assert epochs.count(6) == 2  # the first epoch may be bad
     assert states(trials)[0] == "COMPLETE"

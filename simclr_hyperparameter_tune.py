@@ -1,0 +1,505 @@
+"""Search SimCLR's settings for a data set, also for a folder of images that has no labels.
+
+    python simclr_hyperparameter_tune.py --dataset path/to/images --encoder small
+    python simclr_hyperparameter_tune.py --dataset digits --encoder small --trials 20 --max-epochs 9
+    python simclr_hyperparameter_tune.py --resume results/simclr_hyperparameter_tune/NAME
+
+A trial is a whole training of simclr.py, its schedule annealed to a few epochs, and a score of the
+frozen encoder that needs no labels: how well a linear layer tells by how many quarter turns an
+image was rotated (SelfAugment, Reed et al. 2021, https://arxiv.org/abs/2009.07724), or one of three
+others, which are recorded as well. The better third of the settings is trained again, from the
+start, three times as long (successive halving, without waiting for a rung to fill: Li et al. 2020,
+https://arxiv.org/abs/1810.05934); the best three are confirmed with other seeds. Where there are
+labels, kNN and a linear probe on held-out training images are recorded to audit the scores, and
+are never used. The test images are never looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import math
+import shlex
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import functions
+import simclr
+from support import datasets, devices, files, pretraining, report, runs, settings, sweep
+from support.errors import require
+from support.settings import setting
+
+if TYPE_CHECKING:
+    import optuna
+
+    Trials = Sequence[optuna.trial.FrozenTrial]
+
+# A pair is a range, on a log scale where it spans more than a factor of ten.
+SPACE: dict[str, Any] = {
+    "learning_rate": (0.02, 0.5),
+    "temperature": (0.05, 1.0),
+    "crop_scale_min": (0.08, 0.8),
+    "jitter": (0.0, 1.0),  # the paper's strength: 0.8, 0.8, 0.8, 0.2 times this
+    "grayscale_probability": (0.0, 0.5),
+    "weight_decay": (1e-6, 1e-2),
+    "batch_size": [64, 128, 256, 512],
+    "projection_size": [32, 64, 128, 256],
+    "views": [2, 4],
+}
+SCORES = {
+    "rotation": "rotation probe, accuracy in [0, 1]",
+    "lidar": "LiDAR, an effective rank",
+    "rankme": "RankMe, an effective rank",
+    "alphareq": "-|alpha - 1|, alpha-ReQ",
+}
+AUDIT = {"linear": "linear probe", "knn": "kNN"}  # accuracies in [0, 1], on held-out images
+BANK, QUERIES = 10_000, 5_000  # at most so many images are scored
+KEPT = 3  # one of so many goes on to the next rung; so many are confirmed, with so many seeds
+
+
+@dataclass(frozen=True)
+class Config(sweep.SweepConfig, trials=60, max_epochs=18):
+    """The defaults are for a GPU; fewer epochs and the small encoder are for a laptop."""
+
+    SCRIPT = "simclr_hyperparameter_tune"
+
+    objective: Literal["rotation", "lidar", "rankme", "alphareq"] = setting(
+        "rotation", "sweep", "the score that decides; all are recorded"
+    )
+    encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
+        "resnet18", "model", "as in simclr.py"
+    )
+    stem: Literal["cifar", "imagenet"] = setting("cifar", "model", "as in simclr.py")
+    width: int = setting(64, "model", "as in simclr.py")
+    view_size: str | None = setting(None, "model", "as in simclr.py")
+
+    @property
+    def rungs(self) -> list[int]:
+        """Epochs of the trials, ascending; each rung is three times as long as the one before."""
+        return sorted({max(1, self.max_epochs // KEPT**power) for power in range(3)})
+
+    @property
+    def seeds(self) -> list[int]:
+        """The search's seed, and those of the confirmation."""
+        return [self.seed + number for number in range(KEPT)]
+
+
+def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> simclr.Config:
+    """The `simclr.Config` of a trial.
+
+    Epochs are counted for two views: of four views half as many are trained, in the same time.
+    """
+    drawn: dict[str, Any] = {}
+    for name, choices in SPACE.items():
+        if isinstance(choices, tuple):
+            log = choices[0] > 0 and choices[1] / choices[0] > 10
+            drawn[name] = trial.suggest_float(name, *choices, log=log)
+        else:
+            drawn[name] = trial.suggest_categorical(name, choices)
+    epochs = trial.suggest_categorical("epochs", config.rungs)
+    seed = trial.suggest_categorical("seed", config.seeds)
+    return trained_config(config, {**drawn, "epochs": epochs, "seed": seed})
+
+
+def trained_config(config: Config, parameters: dict[str, Any]) -> simclr.Config:
+    """What simclr.py is told for the parameters of a trial."""
+    names = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume", "name"}
+    names |= {"encoder", "stem", "width", "view_size"}
+    strength = parameters["jitter"]
+    return simclr.Config(
+        **{name: getattr(config, name) for name in names}
+        | parameters
+        | {
+            "jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
+            "epochs": max(1, 2 * parameters["epochs"] // parameters["views"]),
+            "knn_every": 0,
+        }
+    )
+
+
+def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
+    """The parameters that the next trial must have; the sampler draws the others.
+
+    First the rungs: a trial among the best third of its rung is trained again on the next one, and
+    if there is none, new settings are tried on the first. In the second half of the time, or when
+    there are nine trials left, the best three are trained on the last rung with three seeds.
+    """
+    trials = [trial for trial in search.trials() if trial.state.name != "FAIL" or ended(trial)]
+    known = [parameters_of(trial) for trial in trials]
+
+    def missing(parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        wanted = {**parameters, **changes}
+        return {} if wanted in known else wanted
+
+    left = config.trials - search.count_finished()
+    if left <= KEPT**2 or search.time_spent() > 0.5:
+        for best in best_settings(trials, config)[:KEPT]:
+            for seed in config.seeds:
+                if wanted := missing(best, epochs=config.rungs[-1], seed=seed):
+                    return wanted
+    for rung, longer in reversed(list(zip(config.rungs, config.rungs[1:], strict=False))):
+        ranked = on_rung(trials, rung, config.seed)
+        done = sum(parameters_of(trial).get("epochs") == rung and ended(trial) for trial in trials)
+        for trial in ranked[: done // KEPT]:
+            if wanted := missing(trial.params, epochs=longer):
+                return wanted
+    return {"epochs": config.rungs[0], "seed": config.seed}
+
+
+def ended(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial has a result, or failed for a reason of its own."""
+    return sweep.is_finished(trial)
+
+
+def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """The parameters that a trial has, or must have when it begins."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
+def on_rung(trials: Trials, epochs: int, seed: int) -> Trials:
+    """The complete trials of so many epochs with this seed, best first."""
+    chosen = [
+        trial
+        for trial in trials
+        if trial.state.name == "COMPLETE"
+        and (trial.params["epochs"], trial.params["seed"]) == (epochs, seed)
+    ]
+    return sorted(chosen, key=lambda trial: -trial.value)
+
+
+def best_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
+    """The parameters of complete trials of the search, best first, each setting once.
+
+    One that came to a longer rung is better than those that did not.
+    """
+    found: list[dict[str, Any]] = []
+    for rung in reversed(config.rungs):
+        for trial in on_rung(trials, rung, config.seed):
+            first = {**trial.params, "epochs": config.rungs[0]}
+            if first not in found:
+                found.append(first)
+    return found
+
+
+def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any) -> float:
+    """How well a linear layer on frozen features tells four rotations apart, in [0, 1].
+
+    It is trained on the training images, each in all four rotations, and tested on the others
+    (Reed et al. 2021, section 3.1). Chance is 0.25.
+    """
+    parts: list[Tensor] = []
+    for split in (data.train, data.test):
+        turned = [
+            dataclasses.replace(split, images=split.images.rot90(turns, (2, 3)))
+            for turns in range(4)
+        ]
+        features = [functions.extract_features(encoder, each, fabric) for each in turned]
+        parts.append(torch.cat(features))  # (4N, D)
+        parts.append(torch.arange(4).repeat_interleave(len(split)).to(features[0].device))
+    train, labels, held_out, held_out_labels = parts
+    return functions.linear_probe(train, labels, held_out, held_out_labels, epochs=20).accuracy
+
+
+def lidar(
+    encoder: nn.Module, train: datasets.Split, config: simclr.Config, fabric: Any, copies: int = 10
+) -> float:
+    """LiDAR: effective rank of what separates images from each other among their views.
+
+    Each of a thousand images is a class, its views are the class's samples; of the features'
+    scatter between images, whitened by that within, the entropy of the eigenvalues is taken
+    (Thilak et al. 2023, https://arxiv.org/abs/2312.04000, section 4; theirs are fifty views).
+    """
+    images = train.images[functions.shuffled(len(train))[:1000].to(train.images.device)]
+    generator = devices.epoch_generator(0, 0, images.device)
+    views = [pretraining.crop_views(images, config, generator) for _ in range(copies)]
+    features = torch.stack(
+        [
+            functions.extract_features(encoder, dataclasses.replace(train, images=each), fabric)
+            for each in views
+        ]
+    ).double()  # (V, N, D)
+    return discriminant_rank(features.cpu())
+
+
+def discriminant_rank(features: Tensor) -> float:
+    """Exp of the entropy of the LDA matrix's eigenvalues, of features `(V, N, D)` of N classes."""
+    means = features.mean(0)  # (N, D)
+    centred = means - means.mean(0)
+    between = centred.T @ centred / len(means)  # (D, D)
+    rest = (features - means).flatten(0, 1)  # (V N, D)
+    within = rest.T @ rest / len(rest) + 1e-4 * torch.eye(rest.shape[1], dtype=rest.dtype)
+    values, vectors = torch.linalg.eigh(within)
+    whiten = vectors / values.sqrt()  # (D, D)
+    eigenvalues = torch.linalg.eigvalsh(whiten.T @ between @ whiten).clamp(min=0)
+    p = eigenvalues / eigenvalues.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def alpha_req(features: Tensor) -> float:
+    """The exponent alpha with which the covariance's eigenvalues fall: lambda_i ~ i^-alpha.
+
+    Fitted on a log scale to the third to the hundredth of features `(N, D)`; encoders that are good
+    for other tasks tend to be near 1 (Agrawal et al. 2022, https://arxiv.org/abs/2202.05808).
+    """
+    values = torch.linalg.svdvals((features - features.mean(0)).double().cpu()).square()
+    values = values[2:100].clamp(min=1e-12).log()
+    ranks = torch.arange(3, 3 + len(values), dtype=values.dtype).log()
+    ranks = ranks - ranks.mean()
+    return -((ranks * values).sum() / ranks.square().sum()).item()
+
+
+def measure(
+    encoder: nn.Module, data: datasets.ImageData, config: simclr.Config, fabric: Any
+) -> dict[str, float]:
+    """All scores of a frozen encoder, the larger the better, and the audit where there are labels.
+
+    The training images are those of `data.train`, scored on its test images, which must be held
+    out of the training images.
+    """
+    bank, queries = (
+        functions.extract_features(encoder, split, fabric) for split in (data.train, data.test)
+    )
+    scores = {
+        "rotation": rotation_accuracy(encoder, data, fabric),
+        "lidar": lidar(encoder, data.train, config, fabric),
+        "rankme": functions.rank_me(bank),
+        "alphareq": -abs(alpha_req(bank) - 1),
+    }
+    if data.classes:
+        labelled = (bank, data.train.labels, queries, data.test.labels)
+        scores["linear"] = functions.linear_probe(*labelled, epochs=20).accuracy
+        scores["knn"] = functions.knn_accuracy(*labelled)
+    return scores
+
+
+def load_splits(config: Config) -> datasets.ImageData:
+    """The training images, a tenth of them in the test images' place.
+
+    Raises:
+        UserError: the data cannot be used, or are fewer than the largest batch of the search.
+    """
+    data = functions.load_images(
+        config.dataset, config.data_dir, config.image_size, config.download_url
+    ).for_choosing()
+    largest = max(SPACE["batch_size"])
+    require(
+        len(data.train) >= largest,
+        f"there are {len(data.train)} images to train on, fewer than the largest batch of the "
+        f"search ({largest})",
+    )
+    return data
+
+
+class Objective:
+    """Trains and scores one trial. Loads the data once."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.fabric = devices.make_fabric(config.device, config.precision)
+        self.data = load_splits(config).to(self.fabric.device)
+        self.scored = dataclasses.replace(
+            self.data,
+            train=self.data.train.select(functions.shuffled(len(self.data.train))[:BANK]),
+            test=self.data.test.select(functions.shuffled(len(self.data.test))[:QUERIES]),
+        )
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Run the trial.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        config = suggest_config(trial, self.config)
+        devices.seed_everything(config.seed)
+        model: Any = simclr.SimCLR(config, *self.data.train.images.shape[1:3])
+        model = model.to(self.fabric.device).to(memory_format=torch.channels_last)
+        silence = io.StringIO()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+        ):
+            simclr.pretrain(model, self.data, config, runs.Run(Path(folder)), self.fabric)
+        scores = measure(model.encoder, self.scored, config, self.fabric)
+        for name, value in scores.items():
+            trial.set_user_attr(name, value)
+        return scores[self.config.objective]
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the search until `config.trials` are finished; write and return `best.json`'s content.
+
+    Raises:
+        UserError: the data or the storage cannot be used, or every trial failed.
+    """
+    runs.require_package("optuna", "optuna", "a sweep")
+    data = load_splits(config)  # A mistake shows before there is a run folder.
+    simclr.Config(encoder=config.encoder, width=config.width, view_size=config.view_size)
+    print(data)
+    if config.objective == "rotation":
+        print("the rotation probe needs images with an upright orientation: textures, cells or")
+        print("aerial pictures have none, and are better searched with --objective lidar")
+    names = ("objective", "image_size", "max_epochs", "seed", "encoder", "stem", "width")
+    about = {name: getattr(config, name) for name in (*names, "view_size")}
+    about |= {"data": data.fingerprint(), "space": SPACE}
+    with runs.open_run(config, data.fingerprint(), sweep.FREE_ON_RESUME) as run:
+        best = sweep.run_study(
+            config,
+            run.folder,
+            about,
+            functools.partial(Objective, config),
+            functools.partial(write_results, config=config, run=run, data=data),
+            direction="maximize",
+            plan=functools.partial(plan_trial, config),
+        )
+        report.write_report(run.folder, Config)
+        runs.print_folder(run.folder)
+    return best
+
+
+def write_results(
+    study: optuna.Study, config: Config, run: runs.Run, data: datasets.ImageData
+) -> dict[str, Any]:
+    """Write the tables and pictures; print the best settings and how to train with them.
+
+    Raises:
+        UserError: there are finished trials, and every one failed.
+    """
+    trials = study.get_trials()
+    folder, columns = run.folder, [*SPACE, "seed"]
+    attributes = [name for name in (*SCORES, *AUDIT) if name in AUDIT or name != config.objective]
+    rows = sweep.trial_rows(trials, config.objective, ["epochs", *columns], attributes)
+    files.write_csv(folder / "trials.csv", rows)
+    for row in rows:
+        run.log(row, row["trial"])
+    ranked = ranked_settings(trials, config)
+    if not ranked:
+        failed = [trial for trial in trials if ended(trial)]
+        require(not failed, f"all {len(failed)} trials failed: see trials.csv")
+        return {}
+    title = f"SimCLR sweep on {functions.plain(Path(config.dataset).name)}"
+    functions.plot_sweep(study, folder, title, config.objective, list(SPACE), ranked[0]["trial"])
+    if data.classes:
+        audit = audit_rows(trials, config)
+        files.write_csv(folder / "audit.csv", audit)
+        print_audit(audit)
+        plot_audit(folder / "audit.png", trials, config, title)
+    best = {**ranked[0], "objective": config.objective, "trials": sum(map(ended, trials))}
+    files.write_json(folder / "best.json", best)
+    print(f"rank trial  epochs  seeds  {config.objective}")
+    for rank, row in enumerate(ranked[:5], 1):
+        spread = f" ± {row['sd']:.4f}" if row["seeds"] > 1 else ""
+        line = f"{rank:4} {row['trial']:5} {row['epochs']:7} {row['seeds']:6}"
+        print(f"{line}  {row['score']:.4f}{spread}")
+    print("Train with the best settings:")
+    print("  python simclr.py", shlex.join(training_flags(best, config)))
+    return best
+
+
+def ranked_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
+    """The settings of the search with the mean and sd of their scores, best first.
+
+    The scores are those of a setting's longest rung; what was confirmed with more seeds is before
+    what was not.
+    """
+    rows = []
+    for parameters in best_settings(trials, config):
+        for epochs in reversed(config.rungs):
+            wanted = [{**parameters, "epochs": epochs, "seed": seed} for seed in config.seeds]
+            found = [t for t in trials if t.state.name == "COMPLETE" and t.params in wanted]
+            if found:
+                break
+        values = [trial.value for trial in found]
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        row = {**{name: parameters[name] for name in SPACE}, "epochs": epochs}
+        row |= {"score": statistics.fmean(values), "sd": sd, "seeds": len(values)}
+        rows.append(row | {"trial": found[0].number})
+    return sorted(rows, key=lambda row: (-row["epochs"], -row["seeds"], -row["score"]))
+
+
+def training_flags(best: dict[str, Any], config: Config) -> list[str]:
+    """The words that train simclr.py with the best settings, for its default number of epochs."""
+    parameters = {name: best[name] for name in SPACE} | {"epochs": 1, "seed": config.seed}
+    for name, value in parameters.items():
+        if isinstance(value, float):
+            parameters[name] = float(f"{value:.3g}")
+    chosen = dataclasses.asdict(trained_config(config, parameters))
+    chosen["jitter"] = tuple(round(value, 3) for value in chosen["jitter"])
+    chosen |= {"epochs": simclr.Config.epochs, "knn_every": simclr.Config.knn_every}
+    if config.data_dir != Config.data_dir:
+        return ["--data-dir", config.data_dir, *_words(chosen)]
+    return _words(chosen)
+
+
+def _words(chosen: dict[str, Any]) -> list[str]:
+    return [w for words in settings.changed_flags(chosen, simclr.Config).values() for w in words]
+
+
+def audit_rows(trials: Trials, config: Config) -> list[dict[str, Any]]:
+    """How well each score ranks the trials of a rung, beside the labels.
+
+    Spearman's rank correlation with the audit and its 95 % interval (Bonett & Wright 2000), and how
+    far the linear probe of the score's winner stays behind the best one.
+    """
+    from scipy.stats import spearmanr
+
+    rows = []
+    for epochs in config.rungs:
+        chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
+        if len(chosen) < 5:
+            continue
+        best = max(each["linear"] for each in chosen)
+        for score in SCORES:
+            row = {"epochs": epochs, "trials": len(chosen), "score": score}
+            for audit in AUDIT:
+                pairs = [[each[score], each[audit]] for each in chosen]
+                r = float(spearmanr(pairs).statistic)
+                width = 1.96 * math.sqrt((1 + r**2 / 2) / (len(chosen) - 3))
+                low, high = (math.tanh(math.atanh(r * 0.999999) + s * width) for s in (-1, 1))
+                row |= {audit: r, f"{audit}_low": low, f"{audit}_high": high}
+            winner = max((each[score], each["linear"]) for each in chosen)[1]
+            rows.append(row | {"winner": winner, "behind": best - winner})
+    return rows
+
+
+def print_audit(rows: Sequence[dict[str, Any]]) -> None:
+    """The rank correlations of the scores with the linear probe, and what their winners lose."""
+    if rows:
+        print("audit: rank correlation with the linear probe; how far the winner stays behind")
+    for row in rows:
+        interval = f"[{row['linear_low']:+.2f}, {row['linear_high']:+.2f}]"
+        print(
+            f"  {row['epochs']:3} epochs, {row['trials']:3} trials  {row['score']:9} "
+            f"{row['linear']:+.2f} {interval}  {100 * row['behind']:.1f} points behind"
+        )
+
+
+def plot_audit(path: Path, trials: Trials, config: Config, title: str) -> None:
+    """Each score against the linear probe's accuracy; a colour for each rung."""
+    figure = functions.new_figure(11, 3.4)
+    figure.suptitle(title)
+    for axes, (name, text) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
+        for epochs, color in zip(config.rungs, functions.CLASS_COLORS, strict=False):
+            chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
+            points = [(each[name], 100 * each["linear"]) for each in chosen]
+            if points:
+                label = f"{epochs} epochs"
+                axes.scatter(*zip(*points, strict=True), s=16, color=color, label=label)
+        functions.style_axes(axes, text.split(",")[0], "linear probe (%)")
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
+    )
+    functions.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    runs.run_script(main, Config, __doc__)

@@ -1,0 +1,260 @@
+"""The sweep of simclr.py: its space, its rungs, its scores without labels, its results."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+import functions
+import simclr
+import simclr_hyperparameter_tune as tune
+from support import datasets, settings, sweep
+from support.errors import UserError
+
+FIRST = {
+    name: choices[0] if isinstance(choices, tuple) else choices[1]
+    for name, choices in tune.SPACE.items()
+} | {"epochs": 2, "seed": 0}
+
+
+def make_config(folder: Path, **changes) -> tune.Config:
+    about = {"dataset": "digits", "encoder": "small", "device": "cpu", "max_epochs": 18}
+    return tune.Config(**{**about, "output_dir": str(folder), "name": "run", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in tune.SPACE.items() for value in values]
+)
+def test_every_value_reaches_the_training(tmp_path, name, value):
+    trial = optuna.trial.FixedTrial({**FIRST, name: value})
+    found = tune.suggest_config(trial, make_config(tmp_path, image_size=16))
+    strength = value if name == "jitter" else FIRST["jitter"]
+    assert found.jitter == pytest.approx([0.8 * strength] * 3 + [0.2 * strength])
+    if name != "jitter":
+        assert getattr(found, name) == value
+    assert (found.dataset, found.image_size, found.encoder) == ("digits", 16, "small")
+
+
+def test_four_views_are_trained_half_as_many_epochs(tmp_path):
+    config = make_config(tmp_path)
+    epochs = [
+        tune.trained_config(config, {**FIRST, "views": views, "epochs": epochs, "seed": 3}).epochs
+        for views, epochs in [(2, 6), (4, 6), (4, 1)]
+    ]
+    assert epochs == [6, 3, 1]
+
+
+def run_search(tmp_path, trials, value, **changes):
+    """A search whose trials take no time: `value(params)` is the score, an error fails."""
+    config = make_config(tmp_path, trials=trials, **changes)
+
+    def objective(trial):
+        tune.suggest_config(trial, config)
+        return value(trial.params)
+
+    with sweep.open_sweep(
+        config, tmp_path, {}, direction="maximize", plan=lambda s: tune.plan_trial(config, s)
+    ) as search:
+        search.run(lambda: objective)
+        return config, search.study.get_trials()
+
+
+def test_the_best_third_of_each_rung_goes_on_and_the_best_three_are_confirmed(tmp_path):
+    config, trials = run_search(tmp_path, 40, lambda p: p["temperature"] + 0.001 * p["epochs"])
+    assert config.rungs == [2, 6, 18]
+    assert len(trials) == 40
+    search, confirmation = trials[:31], trials[31:]
+    assert {t.params["seed"] for t in search} == {0}
+    rungs = [[t for t in search if t.params["epochs"] == epochs] for epochs in config.rungs]
+    assert sum(map(len, rungs)) == 31
+    for rung, longer in itertools.pairwise(rungs):
+        # Without waiting for a rung to be full, no more than a third of it goes on, and nothing
+        # twice; none of those that could go on is left.
+        settings_of = [t.params["temperature"] for t in longer]
+        assert len(set(settings_of)) == len(settings_of)
+        assert set(settings_of) <= {t.params["temperature"] for t in rung}
+        best = sorted((t.params["temperature"] for t in rung), reverse=True)[: len(rung) // 3]
+        assert set(best) <= set(settings_of)
+    for number, trial in enumerate(search):  # each was among the best third of what was there then
+        epochs = trial.params["epochs"]
+        if epochs > 2:
+            before = [t for t in trials[:number] if t.params["epochs"] == epochs // 3]
+            better = sum(t.params["temperature"] > trial.params["temperature"] for t in before)
+            assert better < len(before) // 3
+    # The three best are on the last rung with three seeds, the search's own among them.
+    best = tune.best_settings(search, config)[:3]
+    last = [t for t in trials if t.params["epochs"] == 18]
+    for chosen in best:
+        seeds = sorted(
+            t.params["seed"] for t in last if t.params["temperature"] == chosen["temperature"]
+        )
+        assert seeds == [0, 1, 2]
+    assert {t.params["epochs"] for t in confirmation if t.params["seed"] > 0} == {18}
+
+
+def test_the_winner_has_the_best_mean_of_those_confirmed(tmp_path):
+    def lucky(p):  # The best of the search owes it to the seed.
+        return p["temperature"] - 0.5 * (p["temperature"] > 0.8 and p["seed"] > 0)
+
+    config, trials = run_search(tmp_path, 40, lucky, seed=1)
+    ranked = tune.ranked_settings(trials, config)
+    confirmed = [row for row in ranked if row["seeds"] == 3]
+    assert ranked[: len(confirmed)] == confirmed
+    assert len(confirmed) == 3
+    for row in confirmed:
+        values = [
+            t.value
+            for t in trials
+            if t.params["temperature"] == row["temperature"] and t.params["epochs"] == 18
+        ]
+        assert row["score"] == pytest.approx(np.mean(values))
+        assert row["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert confirmed[0]["score"] == max(row["score"] for row in confirmed)
+
+
+def test_failed_trials_count_among_those_of_a_rung_but_never_go_on(tmp_path):
+    def value(p):
+        if p["temperature"] > 0.3:
+            raise tune.sweep.Diverged("the loss is nan")
+        return p["temperature"]
+
+    _config, trials = run_search(tmp_path, 30, value)
+    assert {t.state.name for t in trials} == {"COMPLETE", "FAIL"}
+    assert all(t.params["epochs"] == 2 for t in trials if t.state.name == "FAIL")
+
+
+def turned(images: np.ndarray) -> datasets.ImageData:
+    """Data without labels of float images `(N, H, W)`, three quarters of them to train on."""
+    pixels = torch.from_numpy(images.astype(np.uint8))[:, None]
+    cut = len(pixels) * 3 // 4
+    parts = (datasets.Split(part, None) for part in (pixels[:cut], pixels[cut:]))
+    return datasets.ImageData("turned", (), *parts).measured()
+
+
+class Pixels(torch.nn.Module):
+    """An encoder that shows the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return images.flatten(1) * self.scale
+
+
+def test_the_rotation_probe_knows_up_from_down_and_guesses_where_there_is_none():
+    noise = np.random.default_rng(0).integers(0, 100, (400, 8, 8))
+    upright = noise.copy()
+    upright[:, :2] += 120
+    assert tune.rotation_accuracy(Pixels(), turned(upright), None) > 0.99
+    assert tune.rotation_accuracy(Pixels(), turned(noise), None) == pytest.approx(0.25, abs=0.06)
+
+
+def test_lidar_is_the_rank_of_what_separates_images():
+    torch.manual_seed(0)
+    # Twelve directions tell images apart; twenty others, however strong, change with the view.
+    means = torch.linalg.qr(torch.randn(400, 12, dtype=torch.float64))[0] * 20
+    views = torch.randn(10, 400, 32, dtype=torch.float64)
+    views[..., :12] = means + 0.1 * views[..., :12]
+    views[..., 12:] *= 5
+    found = tune.discriminant_rank(views)
+    assert 11.5 < found < 13.5
+
+    # The same from sums over images and views, and the matrix's own root.
+    mu, n, v = views.mean(0), 400, 10
+    within, between = np.zeros((32, 32)), np.zeros((32, 32))
+    for i in range(n):
+        d = (mu[i] - mu.mean(0)).numpy()
+        between += np.outer(d, d) / n
+        for k in range(v):
+            e = (views[k, i] - mu[i]).numpy()
+            within += np.outer(e, e) / (n * v)
+    values, vectors = np.linalg.eigh(within + 1e-4 * np.eye(32))
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    p = np.linalg.eigvalsh(root @ between @ root).clip(0)
+    p = p / p.sum() + 1e-7
+    assert found == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_alpha_req_finds_the_exponent(alpha):
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(300, 64, dtype=torch.float64) - 0)[0]
+    q = torch.linalg.qr(q - q.mean(0))[0]  # centred, orthogonal
+    features = q * torch.arange(1, 65, dtype=torch.float64).pow(-alpha / 2)
+    assert tune.alpha_req(features) == pytest.approx(alpha, abs=1e-6)
+
+
+def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path):
+    config = make_config(tmp_path)
+    rng = np.random.default_rng(0)
+    trials = []
+    for number in range(12):
+        scores = {name: float(rng.random()) for name in (*tune.SCORES, *tune.AUDIT)}
+        distributions = {
+            name: optuna.distributions.CategoricalDistribution([value])
+            for name, value in FIRST.items()
+        }
+        trials.append(
+            optuna.trial.create_trial(
+                params=FIRST, distributions=distributions, value=scores["rotation"],
+                user_attrs=scores,
+            )
+        )  # fmt: skip
+        trials[-1].number = number
+    rows = tune.audit_rows(trials, config)
+    assert [row["score"] for row in rows] == list(tune.SCORES)
+    for row in rows:
+        table = [[t.user_attrs[row["score"]], t.user_attrs["linear"]] for t in trials]
+        assert row["linear"] == pytest.approx(spearmanr(table).statistic)
+        assert -1 <= row["linear_low"] < row["linear"] < row["linear_high"] <= 1
+        assert row["behind"] == max(b for _, b in table) - max(table)[1]
+
+
+def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [256], "views": [2]})
+    config = make_config(tmp_path, trials=6, max_epochs=1, seed=4)
+    best = tune.main(config)
+    folder = tmp_path / "simclr_hyperparameter_tune" / "run"
+    assert best == json.loads((folder / "best.json").read_text())
+    with (folder / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert all(0.25 < float(row["rotation"]) < 1 and float(row["lidar"]) > 1 for row in rows)
+    assert {"audit.csv", "audit.png", "settings.png", "report.html"} <= {
+        path.name for path in folder.iterdir()
+    }
+    lines = capsys.readouterr().out.splitlines()
+    words = shlex.split(lines[lines.index("Train with the best settings:") + 1])
+    chosen = settings.parse_config(simclr.Config, words[2:], "")
+    for name in ("temperature", "learning_rate", "weight_decay", "crop_scale_min"):
+        assert getattr(chosen, name) == pytest.approx(best[name], rel=0.01)
+    assert (chosen.batch_size, chosen.encoder, chosen.epochs, chosen.seed) == (256, "small", 100, 4)
+
+
+def test_images_without_labels_are_scored_and_not_audited(tmp_path):
+    config = make_config(tmp_path)
+    data = functions.load_images("digits")
+    bare = dataclasses.replace(
+        data,
+        classes=(),
+        train=dataclasses.replace(data.train.select(torch.arange(300)), labels=None),
+        test=dataclasses.replace(data.test.select(torch.arange(100)), labels=None),
+    ).measured()
+    scores = tune.measure(Pixels(), bare, tune.trained_config(config, {**FIRST, "views": 2}), None)
+    assert set(scores) == set(tune.SCORES)
+
+
+def test_too_few_images_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [64, 4096]})
+    with pytest.raises(UserError, match=r"fewer than the largest batch of the search \(4096\)"):
+        tune.main(make_config(tmp_path))
+    assert not (tmp_path / "simclr_hyperparameter_tune").exists()
