@@ -43,6 +43,7 @@ from support.errors import UserError, require
 from support.settings import setting
 
 CELLS = {"rnn": recurrent.RNN, "lstm": nn.LSTM, "gru": recurrent.GRU}
+loss_function = F.cross_entropy
 # Readers who are blind to some colours can tell these apart.
 CELL_COLORS = {"rnn": "#0077BB", "lstm": "#EE7733", "gru": "#009988"}
 
@@ -83,7 +84,6 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
         "standard: mirror, small shift; strong: a larger shift, and cutout; original: flips, "
         "rotation, jitter",
     )
-    label_smoothing: float = setting(0.0, "training", "share of the target for all classes alike")
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -95,7 +95,7 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
             most = 100 if name == "num_layers" else 65_536
             fits = 1 <= getattr(self, name) <= most
             require(fits, f"{settings.flag(name)} must be at least 1, at most {most:,}")
-        for name in ("dropout", "layer_dropout", "label_smoothing"):
+        for name in ("dropout", "layer_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{settings.flag(name)} must be in [0, 1), not {value}")
         require(
@@ -194,11 +194,6 @@ def step_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, validation_l
         scheduler.step(validation_loss)
     else:
         scheduler.step()
-
-
-def training_loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
-    """Cross-entropy with `--label-smoothing`; what is measured on other images has none."""
-    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
 
 def autocast(config: Config) -> torch.autocast:
@@ -350,7 +345,7 @@ def train(
             for rows, labels in batches:
                 with autocast(config):
                     logits = model(rows)  # (B, K)
-                    loss = training_loss(logits, labels, config)
+                    loss = loss_function(logits, labels)
                 losses.add(loss)
                 optimizer.zero_grad()
                 loss.backward()
@@ -477,7 +472,7 @@ def read_best(path: str) -> Config:
     training = ("learning_rate", "weight_decay", "batch_size", "augmentation")
     for name in ("cell", *model, *training):
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
-    wide = ("pooling", "bidirectional", "recurrent_init", "label_smoothing", "schedule")
+    wide = ("pooling", "bidirectional", "recurrent_init", "schedule")
     decided = {name: best[name] for name in (*model, *training, *wide) if name in best}
     try:
         return Config(config=path, cells=best["cell"], **decided)

@@ -49,7 +49,6 @@ WIDE: dict[str, Any] = {
     "bidirectional": [False, True],
     "recurrent_init": ["uniform", "orthogonal"],
     "augmentation": ["standard", "strong"],
-    "label_smoothing": [0.0, 0.1],
     "schedule": ["plateau", "cosine"],
 }
 
@@ -153,7 +152,7 @@ def make_module(
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             """The loss of one batch; stops the trial when it is not finite."""
             rows, labels = batch
-            loss = rnn.training_loss(self.model(rows), labels, config)
+            loss = rnn.loss_function(self.model(rows), labels)
             self.losses.add(loss)
             return loss
 

@@ -252,7 +252,7 @@ def test_names_with_dollars_are_no_formulas(finished, tmp_path):
 
 
 def test_an_interrupted_sweep_goes_on_with_the_trials_that_are_left(tmp_path, tiny, monkeypatch):
-    configs, step = [], rnn.training_loss
+    configs, step = [], rnn.loss_function
 
     def stopped(*arguments):
         if len(configs) == 2 and configs[-1] is not None:
@@ -264,7 +264,7 @@ def test_an_interrupted_sweep_goes_on_with_the_trials_that_are_left(tmp_path, ti
     monkeypatch.setattr(
         tune, "suggest_config", lambda *a: configs.append(suggest(*a)) or configs[-1]
     )
-    monkeypatch.setattr(rnn, "training_loss", stopped)
+    monkeypatch.setattr(rnn, "loss_function", stopped)
     config = small_config(tmp_path, augmentation="none")
     with pytest.raises(KeyboardInterrupt):
         tune.main(config)
@@ -281,9 +281,9 @@ def test_an_interrupted_sweep_goes_on_with_the_trials_that_are_left(tmp_path, ti
 
 
 def test_a_trial_that_diverges_fails_alone(tmp_path, tiny, monkeypatch):
-    loss, calls = rnn.training_loss, itertools.count(1)
+    loss, calls = rnn.loss_function, itertools.count(1)
     monkeypatch.setattr(
-        rnn, "training_loss", lambda *a: loss(*a) * (float("nan") if next(calls) == 2 else 1)
+        rnn, "loss_function", lambda *a: loss(*a) * (float("nan") if next(calls) == 2 else 1)
     )
     config = small_config(tmp_path)
     assert tune.main(config)["trials"] == 3
@@ -293,7 +293,7 @@ def test_a_trial_that_diverges_fails_alone(tmp_path, tiny, monkeypatch):
 
 
 def test_a_sweep_whose_trials_all_fail_is_a_mistake(tmp_path, tiny, monkeypatch, user_error):
-    monkeypatch.setattr(rnn, "training_loss", lambda *_: torch.tensor(float("inf")))
+    monkeypatch.setattr(rnn, "loss_function", lambda *_: torch.tensor(float("inf")))
     with user_error("all 2 trials failed"):
         tune.main(small_config(tmp_path, trials=2))
 
