@@ -404,6 +404,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     tmp_path, monkeypatch, user_error, line, words
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(functions, "load_images", None)  # they show before anything is loaded
     with user_error(words):
         moco.main(settings.parse_config(moco.Config, ["--dataset", "digits", *line.split()], ""))
     assert list(tmp_path.iterdir()) == []
