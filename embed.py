@@ -3,10 +3,10 @@
     python embed.py results/simclr/NAME path/to/folder
     python embed.py encoder.safetensors path/to/folder --duplicates 0.98 --output found
 
-Takes a finished run of simclr.py or simsiam.py, or its `encoder.safetensors` alone, and all images
-below a folder. Writes `features.npz`, `images.csv`, `neighbours.csv`, `neighbours.png` and
-`embedding.html`. Similarity is the cosine between the features of two images, which are those that
-the run's own evaluation would give them. A file that cannot be read is named and passed over.
+Takes a finished run of simclr.py, simsiam.py or moco.py, or its `encoder.safetensors` alone, and
+all images below a folder. Writes `features.npz`, `images.csv`, `neighbours.csv`, `neighbours.png`
+and `embedding.html`. Similarity is the cosine between the features of two images, which are those
+that the run's own evaluation would give them. A file that cannot be read is named and passed over.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def load_encoder(path: Path, device: str) -> Frozen:
     file = path / "encoder.safetensors" if path.is_dir() else path
     require(
         file.exists(),
-        f"{path} has no encoder.safetensors: it is no finished run of simclr.py or simsiam.py",
+        f"{path} has no encoder.safetensors: it is no finished run of simclr.py, simsiam.py or "
+        "moco.py",
     )
     weights, about = checkpoints.load_tensors(file)
     require(

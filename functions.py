@@ -25,7 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import checkpoints, datasets, devices, files, folders, page, progress, runs
+from support import (
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    folders,
+    page,
+    pretraining,
+    progress,
+    runs,
+    supervised,
+)
 from support.errors import Diverged, UserError, require
 
 if TYPE_CHECKING:
@@ -560,6 +572,95 @@ def write_map_page(
         predictions=predictions,
         title=title,
     )
+
+
+def embed_stage(
+    model: Any, data: datasets.ImageData, config: Any, folder: Path, fabric: Any
+) -> None:
+    """Map the encoder's output (before the head) to two dimensions, at most 10,000 images.
+
+    Test images, or the training images of a data set without labels. Writes `embeddings.npz`,
+    `tsne.png` or `umap.png`, and `embedding.html`.
+    """
+    index, split = images_to_map(data)
+    features = extract_features(model.encoder, split, fabric)
+    arrays = {"features": features.cpu().numpy(), **origin(split, index)}
+    if config.embedding == "umap" and not runs.has_package("umap", "umap-learn", "umap.png"):
+        files.write_arrays(folder / "embeddings.npz", **arrays)
+        return
+    coordinates = project_2d(features, config.embedding, config.seed)
+    files.write_arrays(folder / "embeddings.npz", **arrays, coordinates=coordinates)
+    method = {"tsne": "t-SNE", "umap": "UMAP"}[config.embedding]
+    title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
+    path = folder / f"{config.embedding}.png"
+    plot_scatter(path, coordinates, arrays.get("labels"), data.classes, title)
+    write_map_page(folder, data, features, coordinates, title)
+
+
+def finetune_stage(
+    model: Any, data: datasets.ImageData, config: Any, folder: Path, fabric: Any
+) -> dict[str, Any]:
+    """Train the encoder and a linear layer on the labels (SimCLR, appendix B.8).
+
+    Adam 1e-3, batch 256, cosine, crops and flips only. An interrupted stage goes on from
+    `finetune_checkpoint.pt`. Writes `finetune.csv`, `finetune.png`, `finetune_*.png` and
+    `finetuned_encoder.safetensors`.
+    """
+    devices.seed_everything(config.seed)
+    layer = nn.Linear(model.encoder.num_features, len(data.classes))
+    channels, side = data.train.images.shape[1:3]
+    # A copy, as other stages want the frozen one; with plain BatchNorm, whatever pretraining had.
+    encoder = encoders.make_encoder(config.encoder, config.stem, channels, side, config.width)
+    encoder.load_state_dict(model.encoder.state_dict())
+    classifier = nn.Sequential(encoder, layer).to(fabric.device)
+    classifier = classifier.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=True)
+    checkpoint = folder / "finetune_checkpoint.pt"
+    history: list[dict[str, Any]] = []
+    if checkpoint.exists():
+        begun = checkpoints.load(checkpoint)["config"].get("finetune_epochs")
+        require(
+            begun == config.finetune_epochs,
+            f"{checkpoint} was begun with --finetune-epochs {begun}: give the same, or delete it "
+            "to begin anew",
+        )
+        _, history = checkpoints.restore(checkpoint, classifier, optimizer)
+        files.write_csv(folder / "finetune.csv", history)
+
+    def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
+        images = pretraining.crop_views(images, config, generator, crop_only=True)
+        return data.train.normalize(images).contiguous(memory_format=torch.channels_last)
+
+    epochs_left = config.finetune_epochs - len(history)
+    with progress.bar(epochs_left * len(data.train), "finetune") as bar:
+        for row in supervised.train_classifier(
+            classifier,
+            optimizer,
+            data.train.images,
+            data.train.labels,
+            prepare,
+            epochs=config.finetune_epochs,
+            seed=config.seed,
+            fabric=fabric,
+            start=len(history),
+        ):
+            logits = extract_features(classifier, data.test, fabric)
+            row["test_loss"] = F.cross_entropy(logits, data.test.labels).item()
+            row["test_accuracy"] = accuracy(logits.argmax(1), data.test.labels)
+            history.append(row)
+            checkpoints.check_finite(row["epoch"], classifier, optimizer)
+            checkpoints.save(checkpoint, row["epoch"], classifier, optimizer, history, config)
+            files.write_csv(folder / "finetune.csv", history)
+            bar.update(len(data.train))
+    logits = extract_features(classifier, data.test, fabric)
+    predictions = logits.argmax(1)
+    final = accuracy(predictions, data.test.labels)
+    title = f"Fine-tuned on all labels, {data.name}: {final:.1%}"
+    plot_loss_and_accuracy(folder / "finetune.png", history, title)
+    title = f"Fine-tuned, {data.name}"
+    accuracies = report_classes(predictions.cpu(), data, folder, "finetune_", title)
+    checkpoints.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
+    return {"finetune_accuracy": final, "finetune_per_class_accuracy": accuracies}
 
 
 # ------------------------------------------------------------------------------------- plots

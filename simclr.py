@@ -12,9 +12,7 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,18 +21,7 @@ from torch import Tensor, nn
 
 import few_labels
 import functions
-from support import (
-    checkpoints,
-    datasets,
-    devices,
-    encoders,
-    files,
-    pretraining,
-    progress,
-    runs,
-    settings,
-    supervised,
-)
+from support import datasets, encoders, pretraining, runs, settings
 from support.errors import require
 from support.settings import setting
 
@@ -79,10 +66,6 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
         for name in ("projection_hidden", "projection_size", "finetune_epochs"):
             good = 1 <= getattr(self, name) <= 10**6
             require(good, f"{settings.flag(name)} must be at least 1, at most 1,000,000")
-
-
-# Settings of the stages after pretraining: a finished run may be evaluated again with others.
-EVALUATION = pretraining.EVALUATION | {"finetune_epochs", "embedding"}
 
 
 class SimCLR(nn.Module):
@@ -244,90 +227,6 @@ def pretrain(
     return training.history
 
 
-def embed(
-    model: SimCLR, data: datasets.ImageData, config: Config, folder: Path, fabric: Any
-) -> None:
-    """Map the encoder's output (before the head) to two dimensions, at most 10,000 images.
-
-    Test images, or the training images of a data set without labels. Writes `embeddings.npz`,
-    `tsne.png` or `umap.png`, and `embedding.html`.
-    """
-    index, split = functions.images_to_map(data)
-    features = functions.extract_features(model.encoder, split, fabric)
-    arrays = {"features": features.cpu().numpy(), **functions.origin(split, index)}
-    if config.embedding == "umap" and not runs.has_package("umap", "umap-learn", "umap.png"):
-        files.write_arrays(folder / "embeddings.npz", **arrays)
-        return
-    coordinates = functions.project_2d(features, config.embedding, config.seed)
-    files.write_arrays(folder / "embeddings.npz", **arrays, coordinates=coordinates)
-    method = {"tsne": "t-SNE", "umap": "UMAP"}[config.embedding]
-    title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
-    path = folder / f"{config.embedding}.png"
-    functions.plot_scatter(path, coordinates, arrays.get("labels"), data.classes, title)
-    functions.write_map_page(folder, data, features, coordinates, title)
-
-
-def finetune(
-    model: SimCLR, data: datasets.ImageData, config: Config, folder: Path, fabric: Any
-) -> dict[str, Any]:
-    """Train the encoder and a linear layer on the labels (appendix B.8), crops and flips only.
-
-    Adam 1e-3, batch 256, cosine. An interrupted stage goes on from `finetune_checkpoint.pt`.
-    Writes `finetune.csv`, `finetune.png`, `finetune_*.png` and `finetuned_encoder.safetensors`.
-    """
-    devices.seed_everything(config.seed)
-    encoder = copy.deepcopy(model.encoder)  # other stages want the frozen one
-    layer = nn.Linear(encoder.num_features, len(data.classes))
-    classifier = nn.Sequential(encoder, layer).to(fabric.device)
-    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=True)
-    checkpoint = folder / "finetune_checkpoint.pt"
-    history: list[dict[str, Any]] = []
-    if checkpoint.exists():
-        begun = checkpoints.load(checkpoint)["config"].get("finetune_epochs")
-        require(
-            begun == config.finetune_epochs,
-            f"{checkpoint} was begun with --finetune-epochs {begun}: give the same, or delete it "
-            "to begin anew",
-        )
-        _, history = checkpoints.restore(checkpoint, classifier, optimizer)
-        files.write_csv(folder / "finetune.csv", history)
-
-    def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
-        images = pretraining.crop_views(images, config, generator, crop_only=True)
-        return data.train.normalize(images).contiguous(memory_format=torch.channels_last)
-
-    epochs_left = config.finetune_epochs - len(history)
-    with progress.bar(epochs_left * len(data.train), "finetune") as bar:
-        for row in supervised.train_classifier(
-            classifier,
-            optimizer,
-            data.train.images,
-            data.train.labels,
-            prepare,
-            epochs=config.finetune_epochs,
-            seed=config.seed,
-            fabric=fabric,
-            start=len(history),
-        ):
-            logits = functions.extract_features(classifier, data.test, fabric)
-            row["test_loss"] = F.cross_entropy(logits, data.test.labels).item()
-            row["test_accuracy"] = functions.accuracy(logits.argmax(1), data.test.labels)
-            history.append(row)
-            checkpoints.check_finite(row["epoch"], classifier, optimizer)
-            checkpoints.save(checkpoint, row["epoch"], classifier, optimizer, history, config)
-            files.write_csv(folder / "finetune.csv", history)
-            bar.update(len(data.train))
-    logits = functions.extract_features(classifier, data.test, fabric)
-    predictions = logits.argmax(1)
-    accuracy = functions.accuracy(predictions, data.test.labels)
-    title = f"Fine-tuned on all labels, {data.name}: {accuracy:.1%}"
-    functions.plot_loss_and_accuracy(folder / "finetune.png", history, title)
-    title = f"Fine-tuned, {data.name}"
-    accuracies = functions.report_classes(predictions.cpu(), data, folder, "finetune_", title)
-    checkpoints.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
-    return {"finetune_accuracy": accuracy, "finetune_per_class_accuracy": accuracies}
-
-
 def main(config: Config) -> dict[str, Any]:
     """Do the stages of `config` and return what `summary.json` holds.
 
@@ -344,11 +243,11 @@ def main(config: Config) -> dict[str, Any]:
     )
     stages = {
         "probe": functions.probe_stage,
-        "embed": embed,
-        "finetune": finetune,
+        "embed": functions.embed_stage,
+        "finetune": functions.finetune_stage,
         "study": few_labels.study_stage,
     }
-    return pretraining.run_experiment(config, data, SimCLR, pretrain, stages, EVALUATION)
+    return pretraining.run_experiment(config, data, SimCLR, pretrain, stages)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from support.runs import exit_cleanly
 
 SHARED = {
     "simclr": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
+    "moco": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
     "simsiam": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
     "rnn": [],
 }

@@ -172,7 +172,7 @@ class PretrainingConfig(settings.TrainingConfig):
 # Settings of the stages after pretraining: a finished run may be evaluated again with others.
 EVALUATION = frozenset(
     {"stages", "probe_epochs", "few_labels", "pixel_baseline"}
-    | {"labels", "label_seeds", "label_steps"}
+    | {"labels", "label_seeds", "label_steps", "finetune_epochs", "embedding"}
 )
 
 

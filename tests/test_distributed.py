@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import functions
+import moco
 import simclr
 import simsiam
 from support import augment, checkpoints, devices, errors, pretraining, runs, settings
@@ -51,7 +52,7 @@ class Model(nn.Module):
         return (z, self.predictor(z)) if self.kind == "simsiam" else z + 0 * self.predictor(z)
 
 
-def train(module, data, folder, fabric, scale=1):
+def train(module, data, folder, fabric, scale=1, **changes):
     """Losses, first gradients and last weights of five steps."""
     config = module.Config(
         batch_size=32,
@@ -61,15 +62,19 @@ def train(module, data, folder, fabric, scale=1):
         device="cpu",
         precision="float32",
         learning_rate=0.1,
+        **changes,
     )
-    model, gradients, losses = Model(module.__name__).double(), [], []
-    for weight in model.parameters():
+    torch.manual_seed(0)
+    model = moco.MoCo(config, 1, 8) if module is moco else Model(module.__name__)
+    model, gradients, losses = model.double(), [], []
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
         weight.register_hook(lambda gradient: gradient * scale)
     record = pretraining.Pretraining.record
 
     def spy(self, loss, z):
         if losses:  # the step before is done
-            gradients.append([p.grad.clone() for p in model.parameters()])
+            gradients.append([weight.grad.clone() for weight in trained])
         losses.append(fabric.all_reduce(loss.detach()).item())
         record(self, loss, z)
 
@@ -79,7 +84,9 @@ def train(module, data, folder, fabric, scale=1):
         module.pretrain(model, data, config, runs.Run(folder), fabric)
     finally:
         pretraining.Pretraining.record = record
-    return losses, gradients[0], list(model.state_dict().values())
+    state = model.state_dict()
+    # The running statistics are those of the first process's parts of the batch.
+    return losses, gradients[0], [state[name] for name in state if "running" not in name]
 
 
 def diverge(data, folder, fabric):
@@ -114,6 +121,10 @@ def worker(folder):
         module.__name__: train(module, data, folder / f"{module.__name__}{rank}", fabric)
         for module in (simclr, simsiam)
     }
+    for symmetric in (False, True):
+        changes = {"encoder": "small", "queue_size": 96, "bn_splits": 4, "symmetric": symmetric}
+        place = folder / f"moco{symmetric}{rank}"
+        results[f"moco {symmetric}"] = train(moco, data, place, fabric, **changes)
     results["wrong scale"] = train(simclr, data, folder / f"wrong{rank}", fabric, world)
     stopped = fabric.all_gather(torch.tensor(diverge(data, folder / f"nan{rank}", fabric)))
     results["stopped"] = stopped.flatten().tolist()
@@ -166,7 +177,7 @@ def difference(ours, expected):
     return max((a - b).abs().max().item() for a, b in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["simclr", "simsiam"])
+@pytest.mark.parametrize("kind", ["simclr", "simsiam", "moco False", "moco True"])
 def test_several_processes_train_as_one(alone, together, kind):
     losses, gradients, weights = together[kind]
     assert len(losses) == 5

@@ -21,7 +21,7 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simclr
 from simclr import Config
-from support import devices, progress, runs, settings
+from support import devices, pretraining, progress, runs, settings
 from support.errors import Diverged, UserError
 from support.settings import load_config, parse_config
 
@@ -208,13 +208,13 @@ def test_resume_allows_other_places(started, name, value):
         assert reopened.folder == folder
 
 
-@pytest.mark.parametrize("name", sorted(simclr.EVALUATION))
+@pytest.mark.parametrize("name", sorted(pretraining.EVALUATION))
 def test_resume_allows_another_evaluation_where_that_is_free(started, user_error, name):
     folder, config = started
     values = {"stages": "probe", "labels": "7,all", "pixel_baseline": True, "embedding": "umap"}
     value = values.get(name) or getattr(config, name) + 1
     again = dataclasses.replace(resume(folder), **{name: value})
-    with runs.open_run(again, free=simclr.EVALUATION) as reopened:
+    with runs.open_run(again, free=pretraining.EVALUATION) as reopened:
         assert reopened.folder == folder
     with user_error(settings.flag(name)), runs.open_run(again):
         pass

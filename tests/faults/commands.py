@@ -35,6 +35,10 @@ FLAGS = {
         *("--stages", "pretrain,probe,embed,finetune,study"),
     ],
     "simsiam": [*PRETRAINING, "--stages", "pretrain,probe,embed,study"],
+    "moco": [
+        *(*PRETRAINING, "--projection-size", "16", "--queue-size", "256"),
+        *("--finetune-epochs", "2", "--stages", "pretrain,probe,embed,finetune"),
+    ],
 }
 
 # Python runs a `sitecustomize` that it finds on its path before the script. This one marks the

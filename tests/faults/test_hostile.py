@@ -241,7 +241,7 @@ def load_checkpoint(folder):
 
 def load_config(folder):
     config = settings.parse_config(simclr.Config, ["--resume", str(folder)], "")
-    with runs.open_run(config, None, simclr.EVALUATION):
+    with runs.open_run(config, None, pretraining.EVALUATION):
         optimizer_of(config)
 
 

@@ -25,6 +25,7 @@ from fault_tools import digest, result_of
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import moco
 import rnn
 import rnn_hyperparameter_tune as tune
 import simclr
@@ -69,6 +70,7 @@ ROWS |= {"device": "cpu", "name": "run", "checkpoint_seconds": 0.0}
 def pretraining(module, stage, where, **changes):
     values = {**PRETRAINING, "stages": stage if stage == "pretrain" else f"pretrain,{stage}"}
     losses = {"simclr": (simclr, "nt_xent_loss")}
+    losses["moco"] = (moco, "info_nce_loss")
     losses["simsiam"] = (simsiam, "negative_cosine_similarity")
     return SimpleNamespace(
         module=module,
@@ -88,6 +90,7 @@ USUAL = {8: (2, 3), 15: (3, 5)}
 TRAININGS = {
     "simclr": pretraining(simclr, "pretrain", USUAL),
     "simsiam": pretraining(simsiam, "pretrain", USUAL),
+    "moco": pretraining(moco, "pretrain", USUAL),
     "rnn": SimpleNamespace(
         module=rnn,
         stage="train",

@@ -1,0 +1,410 @@
+import collections
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightly.loss import NTXentLoss
+from safetensors.torch import load_file
+from test_pretraining import compute_in_float64, make_data, metrics, state_of, without_times
+from torch import nn
+
+import compare
+import embed
+import functions
+import moco
+from support import devices, encoders, pretraining, runs, settings
+
+ARTIFACTS = (
+    "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json embeddings.npz "
+    "predictions.npz embedding.html loss.png views.png report.html probe.png tsne.png "
+    "confusion_matrix.png per_class_accuracy.png probe.csv probe.safetensors finetune.csv "
+    "finetune.png finetune_confusion_matrix.png finetune_per_class_accuracy.png "
+    "finetuned_encoder.safetensors"
+)
+
+
+def small_config(**changes):
+    values = {"encoder": "small", "epochs": 2, "batch_size": 8, "bn_splits": 2, "queue_size": 24}
+    values |= {"projection_size": 6, "knn_every": 0, "device": "cpu", "precision": "float32"}
+    values["checkpoint_seconds"] = 0.0  # after every epoch
+    return moco.Config(**{**values, **changes})
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return devices.make_fabric("cpu", "float32")
+
+
+def make_model(config, seed=0):
+    torch.manual_seed(seed)
+    return moco.MoCo(config, 3, 8)
+
+
+def pretrain(folder, config, data, fabric, seed=0, model=None):
+    model = model or make_model(config, seed)
+    folder.mkdir(exist_ok=True)
+    return moco.pretrain(model, data, config, runs.Run(folder), fabric), model
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------- loss
+
+
+def papers_loss(q, k, queue, temperature):
+    """Equation 1 of He et al. 2020, query by query and key by key."""
+
+    def similarity(a, b):
+        return ((a @ b) / (a.norm() * b.norm()) / temperature).exp()
+
+    total = 0.0
+    for query, key in zip(q, k, strict=True):
+        positive = similarity(query, key)
+        negatives = sum(similarity(query, other) for other in queue)
+        total = total - (positive / (positive + negatives)).log()
+    return total / len(q)
+
+
+def unit(*shape, seed=0):
+    return nn.functional.normalize(torch.randn(shape, generator=seeded(seed)).double(), dim=-1)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 30)])
+def test_loss_and_gradient_equal_the_papers(monkeypatch, count, size):
+    compute_in_float64(monkeypatch)
+    q, k = torch.randn(2, count, 5, generator=seeded(count)).double()
+    q.requires_grad_()
+    queue, values = unit(size, 5), []
+    for loss in (moco.info_nce_loss, papers_loss):
+        value = loss(q, k, queue, 0.2)
+        values.append((value.detach(), *torch.autograd.grad(value, q)))
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_of_several_steps_equal_lightlys_with_a_memory_bank(monkeypatch):
+    compute_in_float64(monkeypatch)
+    model, reference = make_model(small_config()).double(), NTXentLoss(0.1, (24, 6))
+    reference.memory_bank.bank = model.queue.clone()
+    for step in range(5):
+        q, k = torch.randn(2, 8, 6, generator=seeded(step)).double()
+        q.requires_grad_()
+        value, expected = moco.info_nce_loss(q, k, model.queue, 0.1), reference(q, k)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+        gradients = [torch.autograd.grad(loss, q)[0] for loss in (value, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+        model.enqueue(nn.functional.normalize(k, dim=1))
+
+
+def test_equal_embeddings_give_the_log_of_the_number_of_keys():
+    one = unit(1, 4).to(torch.float32)
+    value = moco.info_nce_loss(3 * one.expand(5, 4), one.expand(5, 4), one.expand(99, 4), 0.05)
+    assert value.item() == pytest.approx(math.log(100), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_is_float32_under_autocast(dtype):
+    q, k = torch.randn(2, 16, 8, generator=seeded()).to(dtype)
+    queue = unit(20, 8).to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = moco.info_nce_loss(q, k, queue, 0.05)
+    assert value.dtype == torch.float32
+    expected = papers_loss(q.double(), k.double(), queue.double(), 0.05)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------- queue, keys, BatchNorm
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (5, 7, 3, 24, 1), (50, 4)])
+def test_the_queue_is_first_in_first_out(sizes):
+    model = make_model(small_config())
+    assert torch.allclose(model.queue.norm(dim=1), torch.ones(24))
+    expected = collections.deque(model.queue.tolist(), maxlen=24)
+    for seed, size in enumerate(sizes):
+        keys = torch.randn(size, 6, generator=seeded(seed))
+        model.enqueue(keys)
+        expected.extend(keys.tolist())
+        assert model.queue.tolist() == list(expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7, 0.99])
+def test_the_key_encoder_follows_each_weight_of_the_query_encoder(momentum):
+    model = make_model(small_config()).double()
+    names = [name for name, _ in model.encoder.named_parameters(prefix="0")]
+    names += [name for name, _ in model.projection_head.named_parameters(prefix="1")]
+    for weight in model.query_parameters():
+        nn.init.normal_(weight)
+    old = {name: weight.clone() for name, weight in model.key_encoder.named_parameters()}
+    model.update_key_encoder(momentum)
+    new = dict(model.key_encoder.named_parameters())
+    assert list(new) == names
+    for name, query in zip(names, model.query_parameters(), strict=True):
+        triples = zip(*(part.flatten()[:50] for part in (new[name], old[name], query)), strict=True)
+        for now, was, towards in triples:
+            expected = momentum * was.item() + (1 - momentum) * towards.item()
+            assert now.item() == pytest.approx(expected, abs=1e-12)
+    if momentum == 0:
+        assert_same(list(new.values()), model.query_parameters())
+
+
+def test_keys_have_no_gradient_and_are_of_the_views_in_their_order(fabric):
+    config = small_config()
+    model = make_model(config).eval()  # with BatchNorm as it stands the order makes no difference
+    model.key_encoder.requires_grad_(True)
+    views, share = torch.randn(8, 3, 8, 8, generator=seeded()), pretraining.Share(fabric, 8, 1)
+    order = torch.randperm(8, generator=seeded())
+    keys = moco.encode_keys(model.key_encoder, views, order, share)
+    assert not keys.requires_grad
+    expected = nn.functional.normalize(model.key_encoder(views), dim=1)
+    torch.testing.assert_close(keys, expected.detach())
+    # The parts of BatchNorm are those of the shuffled views.
+    model.train()
+    keys = moco.encode_keys(model.key_encoder, views, order, share)
+    parts = [model.key_encoder(views[order[start : start + 4]]) for start in (0, 4)]
+    expected = nn.functional.normalize(torch.cat(parts), dim=1).detach()
+    torch.testing.assert_close(keys[order], expected, rtol=1e-4, atol=1e-5)
+
+
+def make_norm(seed=3):
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(5).double()
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    return norm
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_split_batch_norm_is_so_many_batch_norms(parts):
+    split = moco.SplitBatchNorm(make_norm(), 12 // parts)
+    norms = [make_norm() for _ in range(parts)]
+    for seed in range(3):  # the running statistics of a step are the next one's
+        images = torch.randn(12, 5, 4, 4, generator=seeded(seed)).double()
+        images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight = torch.randn(12, 5, 4, 4, generator=seeded(9)).double()
+        ours = split(images)
+        expected = torch.cat([n(x) for n, x in zip(norms, images.chunk(parts), strict=True)])
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        gradients = torch.autograd.grad((ours * weight).sum(), [images, split.weight, split.bias])
+        affine = [w for n in norms for w in (n.weight, n.bias)]
+        whole = torch.autograd.grad((expected * weight).sum(), [images, *affine])
+        expected = [whole[0], sum(whole[1::2]), sum(whole[2::2])]
+        torch.testing.assert_close(list(gradients), expected, rtol=1e-9, atol=1e-12)
+        for name in ("running_mean", "running_var"):
+            mean = torch.stack([getattr(norm, name) for norm in norms]).mean(0)
+            torch.testing.assert_close(getattr(split, name), mean)
+    plain = nn.BatchNorm2d(5).double()
+    plain.load_state_dict(split.state_dict())
+    assert_same(split.eval()(images), plain.eval()(images))
+    assert_same(split.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(("splits", "kind"), [(1, nn.BatchNorm2d), (4, moco.SplitBatchNorm)])
+def test_the_encoders_norms_are_split(splits, kind):
+    model = make_model(small_config(bn_splits=splits, encoder="resnet18", width=8))
+    plain = encoders.make_encoder("resnet18", "cifar", 3, 8, 8)
+    assert model.encoder.state_dict().keys() == plain.state_dict().keys()
+    for encoder in (model.encoder, model.key_encoder):
+        both = nn.BatchNorm2d | moco.SplitBatchNorm
+        norms = [layer for layer in encoder.modules() if isinstance(layer, both)]
+        assert [type(norm) for norm in norms] == [kind] * 20
+        assert splits == 1 or {norm.images for norm in norms} == {2}
+
+
+@pytest.mark.parametrize(("projection", "sizes"), [("linear", [6]), ("nonlinear", [128, 6])])
+def test_the_head_is_v1s_or_v2s(projection, sizes):
+    model = make_model(small_config(projection=projection))
+    linears = [layer for layer in model.projection_head if isinstance(layer, nn.Linear)]
+    assert [layer.out_features for layer in linears] == sizes
+    views = torch.randn(3, 4, 3, 8, 8, generator=seeded())
+    h = model.encoder(views[0])
+    z = linears[-1](linears[0](h).clamp(min=0) if projection == "nonlinear" else h)
+    torch.testing.assert_close(model(views[0]), z, rtol=1e-4, atol=1e-5)
+    each = torch.cat([model(part) for part in views])
+    torch.testing.assert_close(model(*views), each, rtol=1e-4, atol=1e-5)  # one by one
+
+
+# --------------------------------------------------------------------------------- training
+
+
+def in_parts(encoder, head, x, size):
+    return torch.cat([head(encoder(part)) for part in x.split(size)])
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "splits", "queue"), [(False, 2, 24), (True, 4, 16), (False, 1, 30)]
+)
+def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, splits, queue):
+    compute_in_float64(monkeypatch)
+    changes = {"symmetric": symmetric, "queue_size": queue, "temperature": 0.3, "seed": 7}
+    changes |= {"learning_rate": 0.5, "weight_decay": 0.05, "epochs": 3, "warmup_epochs": 1}
+    config = small_config(bn_splits=splits, key_momentum=0.6, **changes)
+    mean, std = torch.tensor([0.2, 0.5, 0.6]).double(), torch.tensor([0.3, 0.4, 0.2]).double()
+    data = make_data()
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, mean=mean, std=std))
+    model = make_model(config).double()
+    plain = make_model(dataclasses.replace(config, bn_splits=1)).double()
+    model.queue.copy_(unit(queue, 6))  # of length 1 in float64, too
+    with torch.no_grad():
+        for weight in (*model.encoder.parameters(), *plain.encoder.parameters()):
+            weight.add_(0.01)  # as --weights would
+    history, _ = pretrain(tmp_path, config, data, fabric, model=model)
+
+    query = (plain.encoder, plain.projection_head)
+    key = copy.deepcopy(query)
+    weights, followers = ([w for m in modules for w in m.parameters()] for modules in (query, key))
+    speeds = [torch.zeros_like(weight) for weight in weights]
+    kept, losses, peak, size = list(unit(queue, 6)), [], 0.5 * 8 / 256, 8 // splits
+    for epoch in range(3):
+        order = torch.randperm(28, generator=devices.epoch_generator(7, epoch))
+        generator = devices.epoch_generator(7, epoch, stream=1)
+        shuffling = devices.epoch_generator(7, epoch, stream=5)
+        for step in range(3):
+            images = data.train.images[order[8 * step : 8 * step + 8]]
+            x1, x2 = (pretraining.crop_views(images, config, generator) for _ in range(2))
+            x1, x2 = ((x - mean[:, None, None]) / std[:, None, None] for x in (x1, x2))
+            pairs = [(x1, x2), (x2, x1)] if symmetric else [(x1, x2)]
+            loss, new = 0.0, []
+            for x_query, x_key in pairs:
+                shuffled = torch.randperm(8, generator=shuffling)
+                k = torch.empty(8, 6).double()
+                k[shuffled] = in_parts(*key, x_key[shuffled], size).detach()
+                k = k / k.norm(dim=1, keepdim=True)
+                q = in_parts(*query, x_query, size)
+                loss = loss + papers_loss(q, k, kept, 0.3) / len(pairs)
+                new += list(k)
+            for weight in weights:
+                weight.grad = None
+            loss.backward()
+            done = (3 * epoch + step - 3) / 6  # of what follows the warm-up
+            height = (step + 1) / 3 if epoch == 0 else (1 + math.cos(math.pi * done)) / 2
+            for weight, speed, follower in zip(weights, speeds, followers, strict=True):
+                speed.mul_(0.9).add_(weight.grad + 0.05 * weight.detach())
+                weight.data -= peak * height * speed
+                follower.data = 0.6 * follower.data + 0.4 * weight.data
+            kept = (kept + new)[len(new) :]
+            losses.append(loss.item())
+    means = np.reshape(losses, (3, 3)).mean(1).tolist()
+    assert [row["loss"] for row in history] == pytest.approx(means, rel=1e-6)  # kept in float32
+    assert history[0]["loss"] != pytest.approx(history[-1]["loss"], rel=0.01)
+    close = {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(model.query_parameters(), weights, **close)
+    torch.testing.assert_close(list(model.key_encoder.parameters()), followers, **close)
+    torch.testing.assert_close(model.queue, torch.stack(kept), **close)
+    assert all(weight.grad is None for weight in model.key_encoder.parameters())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabric, symmetric):
+    config, data = small_config(epochs=4, symmetric=symmetric), make_data()
+    whole, _ = pretrain(tmp_path / "whole", config, data, fabric)
+    measure = functions.Monitor.measure
+
+    def stop(monitor, encoder, z, epoch, last):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return measure(monitor, encoder, z, epoch, last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functions.Monitor, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path / "stopped", config, data, fabric)
+    assert len(metrics(tmp_path / "stopped")) == 2
+    config = dataclasses.replace(config, resume=str(tmp_path / "stopped"))
+    history, _ = pretrain(tmp_path / "stopped", config, data, fabric, seed=1)
+    assert without_times(history) == without_times(whole)
+    states = [state_of(tmp_path / name) for name in ("whole", "stopped")]
+    assert {"queue", "key_encoder.1.0.weight"} <= states[0]["model"].keys()
+    for name in ("model", "optimizer"):
+        assert_same(states[0][name], states[1][name])
+
+
+def test_compiled_training_equals_eager(tmp_path, monkeypatch, fabric):
+    compiler = torch.compile
+
+    def traced(part, **options):  # the whole graph, or an error
+        return compiler(part, **{**options, "backend": "aot_eager", "fullgraph": True})
+
+    monkeypatch.setattr(torch, "compile", traced)
+    states = {}
+    for choice in ("off", "on"):
+        config = small_config(compile=choice)
+        _, model = pretrain(tmp_path / choice, config, make_data(), fabric)
+        states[choice] = model.state_dict()
+    torch.testing.assert_close(states["on"], states["off"], rtol=0, atol=5e-6)
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run with all stages."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+
+    def project(features, method, seed):
+        return np.arange(2.0 * len(features)).reshape(-1, 2)
+
+    values = {"dataset": "digits", "epochs": 3, "batch_size": 128, "probe_epochs": 20}
+    values |= {"bn_splits": 8, "queue_size": 512, "projection_size": 64, "finetune_epochs": 1}
+    values |= {"stages": "pretrain,probe,embed,finetune", "precision": "auto"}
+    config = small_config(**values, output_dir=str(folder), name="run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "project_2d", project)
+        moco.main(config)
+    return folder / "moco" / "run"
+
+
+def test_a_run_makes_every_artifact_and_learns(finished):
+    assert sorted(path.name for path in finished.iterdir()) == sorted(ARTIFACTS.split())
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["linear_probe_accuracy"] > 0.8  # chance 0.1
+    assert summary["finetune_accuracy"] > 0.3
+    assert len(metrics(finished)) == 3
+    (run,) = compare.read_run(finished)
+    assert (run.script, run.summary["knn_accuracy"]) == ("moco", summary["knn_accuracy"])
+
+
+def test_the_encoders_file_is_the_query_encoder(finished):
+    state, weights = state_of(finished)["model"], load_file(finished / "encoder.safetensors")
+    for name, value in weights.items():
+        assert torch.equal(value, state[f"encoder.{name}"])
+    assert not torch.equal(weights["0.weight"], state["key_encoder.0.0.weight"])
+    frozen = embed.load_encoder(finished, "cpu")
+    test = functions.load_images("digits").measured().test
+    features = functions.extract_features(frozen.network, test, frozen.fabric)
+    assert np.array_equal(features.numpy(), np.load(finished / "embeddings.npz")["features"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--temperature 0", "--temperature must be in [0.0001, 10000], not 0"),
+        ("--key-momentum 1", "--key-momentum must be in [0, 1), not 1"),
+        ("--queue-size 0", "--queue-size must be at least 1"),
+        ("--bn-splits 0", "--bn-splits must be at least 1"),
+        ("--bn-splits 7", "--batch-size 512 does not divide into --bn-splits 7 parts"),
+        ("--bn-splits 16 --batch-size 16", "--batch-size 16 does not divide into --bn-splits 16"),
+        ("--devices 2 --bn-splits 3 --batch-size 12", "--bn-splits 3 does not divide among 2"),
+        ("--stages pretrain,study", "--stages knows pretrain,probe,embed,finetune"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(
+    tmp_path, monkeypatch, user_error, line, words
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(functions, "load_images", None)  # they show before anything is loaded
+    with user_error(words):
+        moco.main(settings.parse_config(moco.Config, ["--dataset", "digits", *line.split()], ""))
+    assert list(tmp_path.iterdir()) == []
