@@ -515,6 +515,9 @@ def run_experiment(
             facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
             facts |= {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()}
             facts["size"] = data.train.images.shape[2]  # side of the images in pixels
+            # How a folder's files became pixels, to read other files in the same way.
+            rules = dataclasses.replace(config.pixel_rules, value_range=data.value_range)
+            facts |= dataclasses.asdict(rules)
             facts["computed_in"] = devices.pick_precision(config.device, config.precision)
             # One entry: safetensors writes several in random order.
             about = {"about": json.dumps(facts)}
