@@ -48,8 +48,10 @@ class PretrainingConfig(settings.TrainingConfig):
     stages: str = setting("pretrain,probe,embed", "run", "what to do; with --resume any part")
     devices: int = setting(1, "run", "processes, one per device, that share each batch")
 
-    encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
-        "resnet18", "model", "small has three convolutions, the ResNets are torchvision's"
+    encoder: str = setting(
+        "resnet18",
+        "model",
+        "small (three convolutions), resnet18, resnet34, resnet50 (torchvision's), or timm:NAME",
     )
     stem: Literal["cifar", "imagenet"] = setting(
         "cifar", "model", "first layer of a ResNet: 3x3 for small images, or the original 7x7"
@@ -118,9 +120,10 @@ class PretrainingConfig(settings.TrainingConfig):
             len(sides) <= self.epochs,
             f"--view-size {self.view_size} has more parts than there are --epochs",
         )
+        encoders.check_name(self.encoder)
         require(
-            not sides or self.encoder != "small",
-            "--view-size needs a ResNet, which takes any size",
+            not sides or self.encoder.startswith("resnet"),
+            "--view-size needs a ResNet of torchvision's, which takes any size",
         )
         good = 8 <= self.width <= 1024 and self.width % 8 == 0
         require(good, f"--width must be a multiple of 8 up to 1,024, not {self.width}")
