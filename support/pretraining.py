@@ -85,10 +85,14 @@ class PretrainingConfig(settings.TrainingConfig):
     crop_scale_min: float = setting(0.2, "views", "smallest area of a crop, as a share")
     flip_probability: float = setting(0.5, "views", "probability of a horizontal flip")
     jitter: tuple[float, float, float, float] = setting(
-        (0.4, 0.4, 0.4, 0.1), "views", "strength of brightness, contrast, saturation, hue"
+        (0.4, 0.4, 0.4, 0.1),
+        "views",
+        "strength of brightness, contrast, saturation, hue; the last two for three channels only",
     )
     jitter_probability: float = setting(0.8, "views", "probability of the colour jitter")
-    grayscale_probability: float = setting(0.1, "views", "probability of losing the colours")
+    grayscale_probability: float = setting(
+        0.1, "views", "probability of losing three channels' colours"
+    )
     blur_probability: float = setting(0.0, "views", "probability of a 3x3 Gaussian blur")
 
     evaluate_on: Literal["test", "validation"] = setting(

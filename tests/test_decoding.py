@@ -362,3 +362,26 @@ def test_rows_of_five_channels(trained, augmentation):
         )
     )
     assert summary
+
+
+def test_an_encoder_of_timms_starts_from_weights_and_embeds(trained, tmp_path):
+    timm = pytest.importorskip("timm")
+    home, config = trained
+    torch.manual_seed(1)
+    given = timm.create_model("test_resnet", num_classes=0, in_chans=5)
+    torch.save(given.state_dict(), tmp_path / "weights.pth")
+    changes = {"encoder": "timm:test_resnet", "weights": str(tmp_path / "weights.pth")}
+    changes |= {"output_dir": str(tmp_path), "stages": "pretrain,embed", "learning_rate": 1e-9}
+    simclr.main(dataclasses.replace(config, **changes))
+    run = tmp_path / "simclr" / "run"
+    weights, about = checkpoints.load_tensors(run / "encoder.safetensors")
+    torch.testing.assert_close(weights["conv1.0.weight"], given.conv1[0].weight.detach())
+    given.load_state_dict(weights, strict=True)
+    assert about["encoder"] == "timm:test_resnet"
+    flags = ["--output", str(tmp_path / "out"), "--device", "cpu", "--no-training"]
+    embed.main([str(run), str(home / "in"), *flags])
+    arrays = files.read_arrays(run / "embeddings.npz")
+    found = files.read_arrays(tmp_path / "out" / "features.npz")
+    mine = dict(zip(found["paths"], found["features"], strict=True))
+    for path, features in zip(arrays["paths"], arrays["features"], strict=True):
+        assert np.array_equal(mine[path], features)
