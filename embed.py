@@ -27,6 +27,7 @@ import functions
 from support import (
     checkpoints,
     datasets,
+    decoding,
     devices,
     encoders,
     files,
@@ -54,8 +55,9 @@ COLUMNS = (
 class Frozen:
     """A finished encoder and what is known of it.
 
-    `mean` and `std` `(C,)` are those of its training images, `size` their side in pixels. `record`
-    is the run's `config.json`, empty for a file alone. `probe` is empty without a linear probe.
+    `mean` and `std` `(C,)` are those of its training images, `size` their side in pixels, `rules`
+    how their files became pixels. `record` is the run's `config.json`, empty for a file alone.
+    `probe` is empty without a linear probe.
     """
 
     network: Any
@@ -63,6 +65,7 @@ class Frozen:
     size: int
     mean: Tensor
     std: Tensor
+    rules: decoding.PixelRules
     fabric: Any
     record: dict[str, Any]
     probe: dict[str, Tensor]
@@ -127,6 +130,7 @@ def load_encoder(path: Path, device: str) -> Frozen:
     try:
         mean, std = (torch.tensor(about[name], device=fabric.device) for name in ("mean", "std"))
         shape = (len(mean), size, about.get("width", 64))
+        rules = decoding.PixelRules.recorded_in(about)
         network = encoders.make_encoder(about["encoder"], about["stem"], *shape)
         network.load_state_dict(weights)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -141,7 +145,7 @@ def load_encoder(path: Path, device: str) -> Frozen:
         require(fits, f"{folder / 'probe.safetensors'} is of another encoder: repeat the probe")
     network = network.to(fabric.device).to(memory_format=torch.channels_last)
     name = folder.name if is_run else file.stem
-    return Frozen(network, name, size, mean, std, fabric, record, probe, tuple(classes))
+    return Frozen(network, name, size, mean, std, rules, fabric, record, probe, tuple(classes))
 
 
 def as_seen(images: Tensor, channels: int) -> Tensor:
@@ -234,7 +238,8 @@ def plot_neighbours(
 
     def draw_row(left: float, top: float, tiles: Tensor, captions: Sequence[str]) -> None:
         for i, (tile, text) in enumerate(zip(tiles, captions, strict=True)):
-            pixels = tile.expand(3, -1, -1).permute(1, 2, 0).numpy()  # (H, W, 3)
+            shown = datasets.as_shown(tile).expand(3, -1, -1)
+            pixels = shown.permute(1, 2, 0).numpy()  # (H, W, 3)
             box = (left + i, left + i + 0.95, top + 0.95, top)
             axes.imshow(pixels, extent=box, interpolation="nearest")
             axes.text(left + i + 0.47, top + 1.11, text, size=7, ha="center")
@@ -273,6 +278,7 @@ def write_page(
         path,
         coordinates=coordinates[mapped.numpy()],
         images=mine.tiles(mapped, len(frozen.mean), page.TILE),
+        names=mine.names[mapped.numpy()],
         features=mine.features[mapped],
         labels=None if classes is None else classes[mapped].numpy(),
         classes=frozen.classes or ("images",),
@@ -337,9 +343,13 @@ def read_folder(frozen: Frozen, folder: Path, data_dir: Path, strict: bool) -> C
     Raises:
         UserError: it holds none, or, with `strict`, one that cannot be read.
     """
-    paths = folders.image_files(folder)
+    paths = folders.image_files(folder, frozen.rules.suffixes)
     require(bool(paths), f"{folder} holds no images")
-    images, broken = folders.decode_readable(paths, folder, data_dir, frozen.size)
+    images, broken, value_range = folders.decode_readable(
+        paths, folder, data_dir, frozen.size, frozen.rules
+    )
+    if value_range:
+        print("black is {:g} and white {:g} in images of more than 8 bits".format(*value_range))
     for row, reason in broken.items():
         require(not strict, f"{paths[row]} cannot be read: {reason}")
         print(f"passed over: {paths[row].relative_to(folder)}: {reason}")
@@ -358,7 +368,8 @@ def read_training(frozen: Frozen, data_dir: Path) -> Collection | None:
     record = frozen.record
     try:
         require(bool(record), "there is no config.json beside the encoder")
-        data = functions.load_images(record["dataset"], data_dir, record["image_size"])
+        rules = decoding.PixelRules.recorded_in(record)
+        data = functions.load_images(record["dataset"], data_dir, record["image_size"], None, rules)
         if record.get("evaluate_on") == "validation":
             data = data.for_choosing()
         same = record.get("data") in (None, data.fingerprint())

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from support import (
     checkpoints,
     datasets,
+    decoding,
     devices,
     encoders,
     files,
@@ -65,6 +66,7 @@ def load_images(
     data_dir: str | Path = "data",
     image_size: int = 32,
     download_url: str | None = None,
+    rules: decoding.PixelRules | None = None,
 ) -> datasets.ImageData:
     """Load a data set into one uint8 tensor per split.
 
@@ -75,6 +77,7 @@ def load_images(
         data_dir: where downloads and the cache of decoded folders are kept.
         image_size: side to which a folder's images are resized (shorter side, then centre crop).
         download_url: another address for the archive; its MD5 is checked all the same.
+        rules: how a folder's files become pixels; None for 8 bits in colour, and what is chosen.
 
     Raises:
         UserError: unknown name, no network, a wrong MD5, or a folder that cannot be used.
@@ -89,7 +92,8 @@ def load_images(
     # os.path's tests, unlike pathlib's, take any string
     require(os.path.exists(folder), f"unknown data set or missing folder {folder!r}; use {known}")
     require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
-    return folders.load_folder(Path(folder), Path(data_dir), image_size).measured()
+    rules = rules or decoding.PixelRules()
+    return folders.load_folder(Path(folder), Path(data_dir), image_size, rules).measured()
 
 
 def _load_digits() -> datasets.ImageData:
@@ -565,6 +569,7 @@ def write_map_page(
         folder / "embedding.html",
         coordinates=coordinates,
         images=split.images,
+        names=split.paths,
         features=features,
         labels=labels,
         classes=data.classes or ("images",),
@@ -733,6 +738,7 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
     mean, std = (value[None, :, None, None] for value in (split.mean, split.std))
     seen = (views.float() * std + mean).clamp(0, 1).unflatten(0, (-1, len(images)))  # (V, b, ...)
     rows = [datasets.to_float(images[:10]), *seen[:, :10]]  # (b, C, H, W), then (b, C, h, w)
+    rows = [datasets.as_shown(row) for row in rows]
     figure = new_figure(9, 0.9 * len(rows))
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for number, row in enumerate(rows):

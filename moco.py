@@ -292,7 +292,7 @@ def main(config: Config) -> dict[str, Any]:
         f"--bn-splits {config.bn_splits} does not divide among {processes * nodes} processes",
     )
     data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url
+        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
     )
     stages = {
         "probe": functions.probe_stage,

@@ -288,7 +288,7 @@ def load_splits(config: Config) -> datasets.ImageData:
         UserError: the data cannot be used, or are fewer than the largest batch of the search.
     """
     data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url
+        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
     ).for_choosing()
     largest = max(SPACE["batch_size"])
     require(

@@ -256,7 +256,7 @@ def main(config: Config) -> dict[str, Any]:
         Diverged: the loss is not finite.
     """
     data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url
+        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
     )
     stages = {"probe": functions.probe_stage, "embed": embed, "study": few_labels.study_stage}
     return pretraining.run_experiment(config, data, SimSiam, pretrain, stages)

@@ -164,8 +164,8 @@ def random_horizontal_flip(
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """The luma `(B, 1, H, W)` of RGB images; grey images stay as they are."""
-    if images.shape[1] == 1:
+    """The luma `(B, 1, H, W)` of RGB images; those of other channels stay as they are."""
+    if images.shape[1] != 3:
         return images
     red, green, blue = images.unbind(1)
     luma = (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
@@ -184,7 +184,7 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend each image with its mean luma; `factor` is `(B,)`."""
+    """Blend each image with its mean luma, or each channel with its mean; `factor` is `(B,)`."""
     return _blend(images, grayscale(images.mean((2, 3), keepdim=True)), factor)
 
 
@@ -229,7 +229,7 @@ def draw_color_jitter(
     """`jittered` `(B,)` with probability `p`, and factors `(B,)` of the ops that do something.
 
     Factors are uniform in [max(0, 1 - strength), 1 + strength], the hue shift in [-hue, hue].
-    Saturation and hue leave grey images as they are.
+    Saturation and hue are of colours alone: images with other than three channels keep theirs.
     """
     count, in_colour = len(images), images.shape[1] == 3
     jittered = _chosen(images, p, generator)

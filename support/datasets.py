@@ -63,12 +63,16 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set. `test` is None and `classes` is empty when there are no labels."""
+    """A data set. `test` is None and `classes` is empty when there are no labels.
+
+    `value_range` has the values that became 0 and 255, where files had more than 8 bits.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Split
     test: Split | None
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """See at the start that plots and tables can show the names, which are those of folders."""
@@ -113,6 +117,9 @@ class ImageData:
         parts += [f"{len(self.test):,} test images"] if self.test else []
         parts += [f"{channels} x {height} x {width}"]
         parts += [f"{len(self.classes)} classes"] if self.classes else ["no labels"]
+        if self.value_range:
+            low, high = self.value_range
+            parts += [f"values from {low:g} (black) to {high:g} (white, see --value-range)"]
         return ", ".join(parts)
 
 
@@ -265,6 +272,11 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     mean, square = total / (len(images) * images[0, 0].numel())
     std = (square - mean**2).clamp(min=1e-12).sqrt()
     return mean.float().to(images.device), std.float().to(images.device)
+
+
+def as_shown(images: Tensor) -> Tensor:
+    """What of images `(..., C, H, W)` goes into a picture: the first three channels, or one."""
+    return images[..., : 3 if images.shape[-3] >= 3 else 1, :, :]
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""A folder of images as a data set: its layout, decoding, and the cache of what was decoded."""
+"""A folder of images as a data set: its layout, and the cache of what was decoded."""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import json
-import math
 import os
 import stat
 import tempfile
@@ -18,17 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support import datasets
+from support import datasets, decoding
 from support.errors import UserError, require
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-)
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-CACHE_VERSION = 1  # raise it when decoding changes
+CACHE_VERSION = 2  # raise it when decoding changes
 
 
-def load_folder(folder: Path, data_dir: Path, image_size: int) -> datasets.ImageData:
+def load_folder(
+    folder: Path, data_dir: Path, image_size: int, rules: decoding.PixelRules
+) -> datasets.ImageData:
     """A folder of images as a data set, without the statistics that `measured` adds.
 
     Args:
@@ -36,6 +34,7 @@ def load_folder(folder: Path, data_dir: Path, image_size: int) -> datasets.Image
             the test set, the same every time; or images without sub-folders, then without labels.
         data_dir: where the cache of the decoded images is kept.
         image_size: side to which they are resized (shorter side, then centre crop).
+        rules: how files become pixels; a range that they leave open is that of the training images.
 
     Raises:
         UserError: it has another layout, or holds what cannot be read.
@@ -55,12 +54,12 @@ def load_folder(folder: Path, data_dir: Path, image_size: int) -> datasets.Image
         train_folder = folder / "train" if is_split else folder
         test_folder = folder / "test" if is_split and "test" in names else None
         classes = [p.name for p in subfolders(train_folder)]
-        loose = image_files(train_folder, recursive=False)
+        loose = image_files(train_folder, rules.suffixes, recursive=False)
         if not classes:
-            require(bool(loose), f"{train_folder} holds no images")
-            images = decode_folder(loose, train_folder, data_dir, image_size)
+            require(bool(loose), f"{train_folder} holds no images{_npy_hint(train_folder, rules)}")
+            images, value_range = decode_folder(loose, train_folder, data_dir, image_size, rules)
             split = datasets.Split(images, None, _relative(loose, folder))
-            return datasets.ImageData(folder.resolve().name, (), split, None)
+            return datasets.ImageData(folder.resolve().name, (), split, None, value_range)
         require(
             not loose,
             f"{train_folder} holds both class folders and {len(loose)} loose images such as "
@@ -71,14 +70,14 @@ def load_folder(folder: Path, data_dir: Path, image_size: int) -> datasets.Image
             f"{train_folder} has one class only ({classes[0]}): it takes two or more, or images "
             "without a sub-folder to train without labels",
         )
-        paths, labels = labelled_files(train_folder, classes)
+        paths, labels = labelled_files(train_folder, classes, rules)
         count = len(paths)
         if test_folder is not None:
             names = [p.name for p in subfolders(test_folder)]
             strange = sorted(set(names) - set(classes))
             require(not strange, f"{test_folder} has a class that train has not: {strange[:1]}")
             require(bool(names), f"{test_folder} has no class folders")
-            more_paths, more_labels = labelled_files(test_folder, names)
+            more_paths, more_labels = labelled_files(test_folder, names, rules)
             paths += more_paths
             labels += [classes.index(names[label]) for label in more_labels]
     except OSError as error:
@@ -89,13 +88,13 @@ def load_folder(folder: Path, data_dir: Path, image_size: int) -> datasets.Image
         train, test = datasets.hold_out(datasets.Split(torch.arange(count), targets), 0.2)
         count, order = len(train), torch.cat((train.images, test.images))
         paths, targets = [paths[i] for i in order], targets[order]
-    images = decode_folder(paths, folder, data_dir, image_size)
+    images, value_range = decode_folder(paths, folder, data_dir, image_size, rules, count)
     found = _relative(paths, folder)
     train, test = (
         datasets.Split(images[part], targets[part], found[part])
         for part in (slice(count), slice(count, None))
     )
-    return datasets.ImageData(folder.resolve().name, tuple(classes), train, test)
+    return datasets.ImageData(folder.resolve().name, tuple(classes), train, test, value_range)
 
 
 def _relative(paths: list[Path], folder: Path) -> np.ndarray:
@@ -107,7 +106,9 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def image_files(folder: Path, recursive: bool = True) -> list[Path]:
+def image_files(
+    folder: Path, suffixes: frozenset[str] = decoding.IMAGE_SUFFIXES, recursive: bool = True
+) -> list[Path]:
     """The image files below a folder, sorted; other files and hidden ones are passed over."""
     found: list[Path] = []
     seen = set(map(str, Path(os.path.realpath(folder)).parents))  # a link may lead back up
@@ -120,83 +121,90 @@ def image_files(folder: Path, recursive: bool = True) -> list[Path]:
         found += [
             Path(parent, name)
             for name in sorted(names)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
         ]
     return found
 
 
-def labelled_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+def labelled_files(
+    folder: Path, classes: Sequence[str], rules: decoding.PixelRules
+) -> tuple[list[Path], list[int]]:
     """The image files in the class folders below a folder, and the positions of their classes."""
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = image_files(folder / name)
-        require(bool(found), f"the class folder {folder / name} holds no images")
+        found = image_files(folder / name, rules.suffixes)
+        hint = _npy_hint(folder / name, rules)
+        require(bool(found), f"the class folder {folder / name} holds no images{hint}")
         paths += found
         labels += [label] * len(found)
     return paths, labels
 
 
-def decode_image(path: str | Path, size: int) -> np.ndarray:
-    """Decode an image file of any mode and size to `(3, size, size)`, uint8 RGB.
-
-    EXIF rotation is applied, transparency is put on white, 16-bit values are scaled to 8 bits, the
-    shorter side is resized to `size` (bicubic, antialiased) and the centre is cropped.
-
-    Raises:
-        OSError or another error of Pillow's: the file is no image, truncated or far too large.
-    """
-    from PIL import Image, ImageOps
-
-    # By its name alone an image could be PostScript, which Pillow hands to Ghostscript.
-    with Image.open(path, formats=IMAGE_FORMATS) as opened:
-        image: Image.Image = opened
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise OSError(f"{image.width} x {image.height} pixels are too many")
-        image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
-        image.load()
-        if image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit, or float in [0, 1]
-            values = np.asarray(image, np.float64) * (1 if image.mode == "F" else 1 / 65535)
-            image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
-        if image.mode in ("LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
+def _npy_hint(folder: Path, rules: decoding.PixelRules) -> str:
+    there = rules.channels is None and any(folder.rglob("*.npy"))
+    return ": .npy files are taken with --channels" if there else ""
 
 
-def decode_folder(paths: list[Path], folder: Path, data_dir: Path, size: int) -> Tensor:
-    """All images as one memory-mapped uint8 tensor `(N, 3, size, size)`.
+ValueRange = tuple[float, float] | None
 
-    The cache file is named after the folder and a fingerprint of every file's name, size and time,
-    so a changed file means a new cache; its checksum is verified at every start.
+
+def decode_folder(
+    paths: list[Path],
+    folder: Path,
+    data_dir: Path,
+    size: int,
+    rules: decoding.PixelRules,
+    training: int | None = None,
+) -> tuple[Tensor, ValueRange]:
+    """All images as one memory-mapped uint8 tensor `(N, C, size, size)`.
+
+    The cache file is named after the folder and a fingerprint of the rules and every file's name,
+    size and time, so a changed file means a new cache; its checksum is verified at every start.
+
+    Args:
+        paths: of the images.
+        folder: that they lie in.
+        data_dir: where the cache is kept.
+        size: side of the images in pixels.
+        rules: how files become pixels. A range that they leave open is chosen for all images by the
+            values of the first `training` of them, by default of all.
+        training: see `rules`.
+
+    Returns:
+        The images, and the values that became black and white; None if all images have 8 bits.
 
     Raises:
         UserError: one of them cannot be read.
     """
-    return _decode_cached(paths, folder, data_dir, size, strict=True)[0]
+    images, _, value_range = _decode_cached(
+        paths, folder, data_dir, size, rules, training or len(paths), strict=True
+    )
+    return images, value_range
 
 
 def decode_readable(
-    paths: list[Path], folder: Path, data_dir: Path, size: int
-) -> tuple[Tensor, dict[int, str]]:
+    paths: list[Path], folder: Path, data_dir: Path, size: int, rules: decoding.PixelRules
+) -> tuple[Tensor, dict[int, str], ValueRange]:
     """As `decode_folder`, with a cache of its own, but what cannot be read is passed over.
 
     Returns:
-        `(N, 3, size, size)`, and for the positions of files that cannot be read the reason. What
-        their rows hold means nothing. They are tried again at every start.
+        `(N, C, size, size)`; for the positions of files that cannot be read the reason; and the
+        values that became black and white. What the rows of unreadable files hold means nothing.
+        They are tried again at every start.
     """
-    return _decode_cached(paths, folder, data_dir, size, strict=False)
+    return _decode_cached(paths, folder, data_dir, size, rules, len(paths), strict=False)
 
 
 def _decode_cached(
-    paths: list[Path], folder: Path, data_dir: Path, size: int, strict: bool
-) -> tuple[Tensor, dict[int, str]]:
+    paths: list[Path],
+    folder: Path,
+    data_dir: Path,
+    size: int,
+    rules: decoding.PixelRules,
+    training: int,
+    strict: bool,
+) -> tuple[Tensor, dict[int, str], ValueRange]:
     lines = []
     for path in paths:
         try:
@@ -206,15 +214,23 @@ def _decode_cached(
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             lines.append(f"{path.relative_to(folder)}")
     listing = "\n".join(lines)
-    version = f"{CACHE_VERSION} {size}\n{listing}".encode(errors="surrogateescape")
+    version = f"{CACHE_VERSION} {size} {rules}\n{listing}".encode(errors="surrogateescape")
     origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     stem = f"{'' if strict else 'readable-'}{folder.resolve().name}-{origin}-{size}-"
     cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
-    shape = (len(paths), 3, size, size)
+    shape = (len(paths), rules.channels or 3, size, size)
+
+    def decode(
+        array: np.ndarray, rows: Sequence[int], rules: decoding.PixelRules
+    ) -> tuple[dict[int, str], ValueRange]:
+        return _decode_into(array, rows, paths, folder, size, rules, training, strict)
+
     found = _open_cache(cache, shape)
     if found is not None:
-        images, rows = found
-        return images, _decode_into(images.numpy(), rows, paths, folder, size, strict)
+        images, rows, value_range = found
+        known = dataclasses.replace(rules, value_range=value_range or rules.value_range)
+        broken, newer = decode(images.numpy(), rows, known)
+        return images, broken, value_range or newer
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
@@ -223,23 +239,24 @@ def _decode_cached(
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
                 with open(draft, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            broken = _decode_into(drafted, range(len(paths)), paths, folder, size, strict)
+            broken, value_range = decode(drafted, range(len(paths)), rules)
             drafted.flush()
             record = {"crc32": zlib.crc32(drafted.data), "broken": list(broken)}
+            record["value_range"] = value_range
             Path(temporary, "sum.json").write_text(json.dumps(record))
             os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
             os.replace(draft, cache)
     except OSError as error:
         print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
         array = np.empty(shape, np.uint8)
-        broken = _decode_into(array, range(len(paths)), paths, folder, size, strict)
-        return torch.from_numpy(array), broken
+        broken, value_range = decode(array, range(len(paths)), rules)
+        return torch.from_numpy(array), broken, value_range
     for old in cache.parent.glob(f"{glob.escape(stem)}*"):
         if old.suffix in (".npy", ".json") and old.stem != cache.stem:
             old.unlink(missing_ok=True)
     found = _open_cache(cache, shape)
     require(found is not None, f"{cache} changed while it was written: start again")
-    return found[0], broken
+    return found[0], broken, value_range
 
 
 def _file_state(path: Path) -> str:
@@ -250,8 +267,11 @@ def _file_state(path: Path) -> str:
     return f"{status.st_size}\0{status.st_mtime_ns}"
 
 
-def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int]] | None:
-    """The cached images and the rows that could not be read, or None when they are damaged."""
+def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int], ValueRange] | None:
+    """The cached images, the rows that could not be read, and the range of their values.
+
+    None when they are damaged.
+    """
     if not cache.exists():
         return None
     try:
@@ -260,8 +280,8 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int]]
         record = json.loads(cache.with_suffix(".json").read_text())
         same = array.shape == shape and array.dtype == np.uint8
         if same and zlib.crc32(array.data) == record["crc32"]:
-            # Caches of older versions hold no broken images.
-            return torch.from_numpy(array), record.get("broken", [])
+            value_range = record["value_range"] and tuple(record["value_range"])
+            return torch.from_numpy(array), record["broken"], value_range
     except Exception:  # numpy's parser of the header raises nearly anything
         pass
     print(f"The image cache {cache} is damaged: decoding again.")
@@ -274,42 +294,62 @@ def _decode_into(
     paths: list[Path],
     folder: Path,
     size: int,
+    rules: decoding.PixelRules,
+    training: int,
     strict: bool,
-) -> dict[int, str]:
+) -> tuple[dict[int, str], ValueRange]:
     """Decode the paths at `rows` into these rows of `array`, in threads (Pillow releases the lock).
 
+    Images whose type leaves the range of their values open are decoded when all have been looked
+    at, with a range for all of them.
+
     Returns:
-        The rows that cannot be read, and why; with `strict` they are a UserError.
+        The rows that cannot be read, and why; with `strict` they are a UserError. And the range, if
+        there are such images.
     """
     from tqdm import tqdm
 
-    def decode(part: Sequence[int]) -> dict[int, str]:
-        failed: dict[int, str] = {}
+    failed: dict[int, str] = {}
+    extremes: dict[int, tuple[float, float]] = {}  # of the images whose range is open
+
+    def decode(part: Sequence[int], rules: decoding.PixelRules) -> int:
         for row in part:
             try:
                 _file_state(paths[row])  # opening a pipe would wait for its other end
-                array[row] = decode_image(paths[row], size)
+                pixels = decoding.read_image(paths[row], size, rules)
+                if pixels.dtype != np.uint8:
+                    extremes[row] = float(pixels.min()), float(pixels.max())
+                if pixels.dtype == np.uint8 or rules.value_range is not None:
+                    array[row] = decoding.fit(pixels, size, rules)
             except Exception as error:  # Pillow's decoders raise nearly anything
                 failed[row] = _reason(error)
-        return failed
+        return len(part)
 
-    if not rows:
-        return {}
-    failed: dict[int, str] = {}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(rows), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,
-    ):
-        for done in pool.map(decode, [rows[i : i + 256] for i in range(0, len(rows), 256)]):
-            failed |= done
-            bar.update(min(256, len(rows) - bar.n))
-    if failed and strict:
-        row, reason = next(iter(failed.items()))
-        raise UserError(
-            f"{len(failed)} of {len(paths)} images in {folder} cannot be read; the first is "
-            f"{paths[row]}: {reason}. Repair or remove them"
-        )
-    return failed
+    def decode_all(rows: Sequence[int], rules: decoding.PixelRules) -> None:
+        if not rows:
+            return
+        parts = [rows[i : i + 256] for i in range(0, len(rows), 256)]
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(rows), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,
+        ):
+            for count in pool.map(decode, parts, [rules] * len(parts)):
+                bar.update(count)
+        if failed and strict:
+            row = min(failed)
+            raise UserError(
+                f"{len(failed)} of {len(paths)} images in {folder} cannot be read; the first is "
+                f"{paths[row]}: {failed[row]}. Repair or remove them"
+            )
+
+    decode_all(rows, rules)
+    if extremes and rules.value_range is None:
+        known = [extremes[row] for row in extremes if row < training] or list(extremes.values())
+        lows, highs = zip(*known, strict=True)
+        chosen = decoding.choose_value_range(min(lows), max(highs))
+        rules = dataclasses.replace(rules, value_range=chosen)
+        decode_all(sorted(extremes), rules)
+    return failed, rules.value_range if extremes else None
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """`embedding.html`: a map of images as one file that opens offline in a browser.
 
 Zoom with the wheel, drag to move, click a class in the legend to hide it. Hovering a point shows
-its image, class, what the linear probe says, and its five nearest neighbours.
+its image, class, file, what the linear probe says, and its five nearest neighbours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import files, neighbours
+from support import datasets, files, neighbours
 
 TILE = 32  # pixels; larger images are scaled down, so that 10,000 fit into a few megabytes
 PAGE = """<!doctype html>
@@ -37,6 +37,7 @@ aside { width: 15em; padding: 1em; border-left: 1px solid #ddd; overflow-y: auto
 .tile { background-image: url(@SPRITE@); image-rendering: pixelated; }
 .neighbour { display: flex; align-items: center; gap: .7em; margin: .4em 0; }
 .wrong { color: #b00020; }
+.name { overflow-wrap: anywhere; min-width: 0; }
 h2 { font-size: 1em; margin: 1.2em 0 .3em; }
 </style>
 <main><h1>@TITLE@</h1><div id="map"></div></main>
@@ -84,6 +85,7 @@ function show(i) {
   picture(panel, i, 160);
   const name = k => data.classes[k];
   if (data.labelled) add(panel, "h2", name(data.labels[i]));
+  if (data.names) add(panel, "div", data.names[i], "name");
   if (data.predictions) {
     const right = data.predictions[i] === data.labels[i];
     add(panel, "div", "the probe says: " + name(data.predictions[i]), right ? "" : "wrong");
@@ -93,6 +95,7 @@ function show(i) {
     const line = add(panel, "div", undefined, "neighbour");
     picture(line, j, 48);
     if (data.labelled) add(line, "span", name(data.labels[j]));
+    else if (data.names) add(line, "span", data.names[j], "name");
   }
 }
 map.on("plotly_hover", event => show(event.points[0].customdata));
@@ -119,7 +122,8 @@ def sprite(images: Tensor) -> tuple[bytes, int]:
     """All images `(N, C, H, W)`, uint8, as the tiles of one WebP, and the number of columns."""
     from PIL import Image
 
-    tiles = torch.cat([shrink(part.cpu(), TILE) for part in images.split(500)])
+    shown = datasets.as_shown(images)
+    tiles = torch.cat([shrink(part.cpu(), TILE) for part in shown.split(500)])
     count, channels, height, width = tiles.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -136,6 +140,7 @@ def write_page(
     path: Path,
     coordinates: np.ndarray,
     images: Tensor,
+    names: np.ndarray | None,
     features: Tensor,
     labels: np.ndarray | None,
     classes: Sequence[str],
@@ -149,6 +154,7 @@ def write_page(
         path: of the file.
         coordinates: `(N, 2)`.
         images: `(N, C, H, W)`, uint8.
+        names: `(N,)`, of their files, or None.
         features: `(N, D)`, in which the neighbours are looked for.
         labels: `(N,)`, or None.
         classes: their names; without labels one name for all images.
@@ -164,6 +170,7 @@ def write_page(
         "classes": list(classes),
         "colors": [matplotlib.colors.to_hex(color) for color in colors],
         "points": np.round(coordinates.astype(float), 3).tolist(),
+        "names": None if names is None else names.tolist(),
         "labelled": labels is not None,
         "labels": labels.tolist() if labels is not None else [0] * len(coordinates),
         "predictions": None if predictions is None else predictions.tolist(),

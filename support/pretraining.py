@@ -48,8 +48,10 @@ class PretrainingConfig(settings.TrainingConfig):
     stages: str = setting("pretrain,probe,embed", "run", "what to do; with --resume any part")
     devices: int = setting(1, "run", "processes, one per device, that share each batch")
 
-    encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
-        "resnet18", "model", "small has three convolutions, the ResNets are torchvision's"
+    encoder: str = setting(
+        "resnet18",
+        "model",
+        "small (three convolutions), resnet18, resnet34, resnet50 (torchvision's), or timm:NAME",
     )
     stem: Literal["cifar", "imagenet"] = setting(
         "cifar", "model", "first layer of a ResNet: 3x3 for small images, or the original 7x7"
@@ -83,10 +85,14 @@ class PretrainingConfig(settings.TrainingConfig):
     crop_scale_min: float = setting(0.2, "views", "smallest area of a crop, as a share")
     flip_probability: float = setting(0.5, "views", "probability of a horizontal flip")
     jitter: tuple[float, float, float, float] = setting(
-        (0.4, 0.4, 0.4, 0.1), "views", "strength of brightness, contrast, saturation, hue"
+        (0.4, 0.4, 0.4, 0.1),
+        "views",
+        "strength of brightness, contrast, saturation, hue; the last two for three channels only",
     )
     jitter_probability: float = setting(0.8, "views", "probability of the colour jitter")
-    grayscale_probability: float = setting(0.1, "views", "probability of losing the colours")
+    grayscale_probability: float = setting(
+        0.1, "views", "probability of losing three channels' colours"
+    )
     blur_probability: float = setting(0.0, "views", "probability of a 3x3 Gaussian blur")
 
     evaluate_on: Literal["test", "validation"] = setting(
@@ -118,9 +124,10 @@ class PretrainingConfig(settings.TrainingConfig):
             len(sides) <= self.epochs,
             f"--view-size {self.view_size} has more parts than there are --epochs",
         )
+        encoders.check_name(self.encoder)
         require(
-            not sides or self.encoder != "small",
-            "--view-size needs a ResNet, which takes any size",
+            not sides or self.encoder.startswith("resnet"),
+            "--view-size needs a ResNet of torchvision's, which takes any size",
         )
         good = 8 <= self.width <= 1024 and self.width % 8 == 0
         require(good, f"--width must be a multiple of 8 up to 1,024, not {self.width}")
@@ -515,6 +522,9 @@ def run_experiment(
             facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
             facts |= {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()}
             facts["size"] = data.train.images.shape[2]  # side of the images in pixels
+            # How a folder's files became pixels, to read other files in the same way.
+            rules = dataclasses.replace(config.pixel_rules, value_range=data.value_range)
+            facts |= dataclasses.asdict(rules)
             facts["computed_in"] = devices.pick_precision(config.device, config.precision)
             # One entry: safetensors writes several in random order.
             about = {"about": json.dumps(facts)}

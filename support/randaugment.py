@@ -53,7 +53,8 @@ def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, magnitude: int =
     Every round sorts the batch by op, so that each op works on one slice.
 
     Args:
-        images: `(B, C, H, W)`, uint8, C = 1 or 3, H and W at least 3, on any device.
+        images: `(B, C, H, W)`, uint8, H and W at least 3, on any device. Of C channels other than 3
+            "Color" leaves them as they are, and "Contrast" takes each by itself.
         ops: `(B, num_ops)`, from `draw_randaugment`. On the CPU, as is `negative`: cutting the
             slices then needs no wait for a GPU.
         negative: `(B, num_ops)`, bool.
@@ -90,9 +91,9 @@ def _apply_op(name: str, images: Tensor, negative: Tensor, magnitude: int) -> Te
         case "Brightness":
             return _extrapolate(images, torch.zeros_like(strength), strength)
         case "Color":
-            return images if images.shape[1] == 1 else _extrapolate(images, _luma(images), strength)
+            return images if images.shape[1] != 3 else _extrapolate(images, _luma(images), strength)
         case "Contrast":
-            mean = _luma(images).mean((1, 2, 3), keepdim=True, dtype=torch.float32)
+            mean = _luma(images).mean((2, 3), keepdim=True, dtype=torch.float32)
             return _extrapolate(images, mean, strength)
         case "Sharpness":
             return _extrapolate(images, _smooth(images), strength)
@@ -178,8 +179,8 @@ def _extrapolate(images: Tensor, other: Tensor, strength: Tensor) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """`(B, 1, H, W)`, uint8."""
-    if images.shape[1] == 1:
+    """`(B, 1, H, W)`, uint8, of RGB images; those of other channels stay as they are."""
+    if images.shape[1] != 3:
         return images
     red, green, blue = images.split(1, 1)  # (B, 1, H, W) each
     return (0.2989 * red + 0.587 * green + 0.114 * blue).to(torch.uint8)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from support import files
+from support import decoding, files
 from support.errors import UserError, require
 
 _MISSING = object()
@@ -46,6 +46,24 @@ class RunConfig:
     )
     data_dir: str = setting("data", "data", "where downloads and the image cache are kept")
     image_size: int = setting(32, "data", "side in pixels to which a folder's images are resized")
+    channels: int | None = setting(
+        None,
+        "data",
+        "of a folder's images: 1 for grey, 3 for colour, other numbers from .npy and .tif files "
+        "[3; .npy files are taken with this flag only]",
+    )
+    value_range: tuple[float, float] | None = setting(
+        None,
+        "data",
+        "values that become black and white in a folder's images of more than 8 bits [the smallest "
+        "of 1, 8, 10, 12, 14 and 16 bits that holds the training images, else their extremes]",
+    )
+    stack: Literal["refuse", "first"] = setting(
+        "refuse",
+        "data",
+        "first: of a file with several images (pages, frames) take the first",
+        before="first",
+    )
     download_url: str | None = setting(
         None, "data", "another address of the data set's archive (same MD5 check)"
     )
@@ -83,12 +101,24 @@ class RunConfig:
             8 <= self.image_size <= 1024,
             f"--image-size must be between 8 and 1024 pixels, not {self.image_size}",
         )
+        good = self.channels is None or 1 <= self.channels <= 1024
+        require(good, f"--channels must be between 1 and 1024, not {self.channels}")
+        low, high = self.value_range or (0, 1)
+        require(
+            -math.inf < low < high < math.inf,
+            f"--value-range takes a lower and a higher number, not {low:g} {high:g}",
+        )
         require(self.resume != "", "--resume takes a run folder, not an empty name")
         if self.name is not None:
             require(
                 self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
                 f"--name must be a plain folder name, not {self.name!r}",
             )
+
+    @property
+    def pixel_rules(self) -> decoding.PixelRules:
+        """How the image files of a folder become pixels."""
+        return decoding.PixelRules(self.channels, self.value_range, self.stack)
 
     @classmethod
     def to_start_from(cls, arguments: Sequence[str]) -> Any:

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import math
 
 import pytest
@@ -79,10 +80,12 @@ def test_resnet18_is_torchvisions(stem, parameters):
     [(1, 1), (1, 2), (2, 2), (2, 1), (3, 2), (4, 2), (3, 1), (5, 2), (7, 2), (4, 1)],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_a_convolution_on_a_small_map_is_torchs(size, stride, layout, kernel):
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_a_convolution_on_a_small_map_is_torchs(size, stride, layout, kernel, groups):
     channels = 512 if (size, stride) == (4, 1) else 4
-    reference = nn.Conv2d(channels, 6, kernel, stride, kernel // 2, dtype=torch.float64)
+    reference = nn.Conv2d(
+        channels, 6, kernel, stride, kernel // 2, groups=groups, dtype=torch.float64
+    )
     reference = reference.to(memory_format=layout)
     ours = encoders.SmallMapConv2d.with_weights_of(copy.deepcopy(reference))
     images = normal(7, channels, size, size).double().to(memory_format=layout)
@@ -103,6 +106,10 @@ def test_resnet_gradients_on_tiny_images_repeat(precision):
     encoder = encoders.make_encoder("resnet18", "imagenet", 1, 8)
     encoder = encoder.to(memory_format=torch.channels_last)
     images = normal(64, 1, 8, 8)
+    assert_gradients_repeat(encoder, images, precision)
+
+
+def assert_gradients_repeat(encoder, images, precision):
     first = None
     for _ in range(4):
         junk = [torch.full((2**k,), math.nan) for k in range(4, 23)]
@@ -122,3 +129,47 @@ def test_resnet_gradients_on_tiny_images_repeat(precision):
 def test_an_unknown_name_or_stem_is_refused(user_error, name, stem):
     with user_error("vgg" if name == "vgg" else "CIFAR", "use"):
         encoders.make_encoder(name, stem, 3, 32)
+
+
+# timm's
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_vit", "mobilenetv3_small_050"]
+)
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (5, 32)])
+def test_timms_networks_are_timms(name, channels, size):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder = encoders.make_encoder(f"timm:{name}", "cifar", channels, size)
+    assert encoder.training
+    sizes = {"img_size": size} if "vit" in name else {}
+    reference = timm.create_model(name, num_classes=0, in_chans=channels, **sizes)
+    reference.load_state_dict(encoder.state_dict(), strict=True)
+    images = normal(3, channels, size, size)
+    output = encoder.eval()(images)
+    assert output.shape == (3, encoder.num_features)
+    torch.testing.assert_close(output, reference.eval()(images))
+
+
+def test_unknown_networks_of_timms_are_refused(user_error):
+    pytest.importorskip("timm")
+    with user_error("resnett18", "timm:resnet18"):
+        encoders.check_name("timm:resnett18")
+    with user_error("timm:test_vit", "1 x 3 x 3"):
+        encoders.make_encoder("timm:test_vit", "cifar", 1, 3)
+
+
+def test_without_timm_its_networks_are_one_line(user_error, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with user_error("pip install timm"):
+        encoders.check_name("timm:resnet18")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_gradients_of_timms_networks_on_tiny_images_repeat(name):
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder = encoders.make_encoder(f"timm:{name}", "cifar", 1, 8)
+    encoder = encoder.to(memory_format=torch.channels_last)
+    assert_gradients_repeat(encoder, normal(64, 1, 8, 8), torch.bfloat16)

@@ -13,7 +13,7 @@ from image_folders import load_folder, make_folder, names_of, write_image
 from PIL import Image
 
 import functions
-from support import datasets, files, folders
+from support import datasets, decoding, files, folders
 from support.errors import UserError
 
 
@@ -254,6 +254,14 @@ def test_link_to_a_missing_image_is_named(tmp_path, user_error, folders):
 # decoding one image
 
 
+def decode(path, size, **rules):
+    """Decode one image; where its type leaves the range of values open, it is that of the type."""
+    ranges = {"f": (0, 1), "i": (0, 65535), "u": (0, 65535)}
+    pixels = decoding.read_image(path, size, decoding.PixelRules(**rules))
+    given = {"value_range": ranges[pixels.dtype.kind], **rules}
+    return decoding.fit(pixels, size, decoding.PixelRules(**given))
+
+
 def gray16(value):
     return Image.fromarray(np.full((20, 30), value, np.uint16))
 
@@ -321,7 +329,7 @@ RED, TEAL, WHITE = (255, 0, 0), (10, 120, 130), (255, 255, 255)
 def test_every_mode_becomes_rgb_on_white(tmp_path, suffix, image, options, expected, tolerance):
     path = tmp_path / f"image.{suffix}"
     image.save(path, **options)
-    decoded = folders.decode_image(path, 16)
+    decoded = decode(path, 16, stack="first")
     assert decoded.shape == (3, 16, 16)
     assert decoded.dtype == np.uint8
     difference = decoded.astype(int) - np.reshape(expected, (3, 1, 1))
@@ -335,16 +343,14 @@ def test_every_mode_becomes_rgb_on_white(tmp_path, suffix, image, options, expec
 def test_lossless_image_of_the_right_size_is_bit_exact(tmp_path, suffix, options):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
-    decoded = folders.decode_image(tmp_path / f"a.{suffix}", 16)
+    decoded = decode(tmp_path / f"a.{suffix}", 16)
     np.testing.assert_array_equal(decoded, pixels.transpose(2, 0, 1))
 
 
 def test_16_bit_values_are_scaled_over_their_whole_range(tmp_path):
     values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(
-        folders.decode_image(tmp_path / "a.png", 16)[0].ravel(), range(256)
-    )
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", 16)[0].ravel(), range(256))
 
 
 @pytest.mark.parametrize("shape", [(500, 3), (3, 500)], ids=["tall", "wide"])
@@ -354,7 +360,7 @@ def test_long_strip_is_cropped_to_its_centre(tmp_path, shape):
         tuple(slice(side // 2 - 8, side // 2 + 8) if side > 3 else slice(3) for side in shape)
     ] = TEAL
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    decoded = folders.decode_image(tmp_path / "a.png", 16)
+    decoded = decode(tmp_path / "a.png", 16)
     np.testing.assert_array_equal(decoded, np.full((16, 16, 3), TEAL).transpose(2, 0, 1))
 
 
@@ -370,9 +376,7 @@ def test_large_jpeg_is_its_resized_centre(tmp_path, width):
     image.save(tmp_path / "a.jpg", quality=95)
     left = (width - height) // 2
     centre = image.crop((left, 0, left + height, height)).resize((32, 32), Image.Resampling.BICUBIC)
-    difference = folders.decode_image(tmp_path / "a.jpg", 32) - np.asarray(centre, float).transpose(
-        2, 0, 1
-    )
+    difference = decode(tmp_path / "a.jpg", 32) - np.asarray(centre, float).transpose(2, 0, 1)
     assert np.abs(difference).max() < 25
     assert np.abs(difference).mean() < 2
 
@@ -380,7 +384,7 @@ def test_large_jpeg_is_its_resized_centre(tmp_path, width):
 def test_shrinking_averages(tmp_path):
     checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(checkerboard).save(tmp_path / "a.png")
-    assert np.abs(folders.decode_image(tmp_path / "a.png", 16) - 127.5).max() < 10
+    assert np.abs(decode(tmp_path / "a.png", 16) - 127.5).max() < 10
 
 
 UPRIGHT = {  # Exif 2.3, table 4.6.5: how the stored pixels are turned to be shown
@@ -404,9 +408,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     shown = UPRIGHT[orientation](pixels)
     top, left = (shown.shape[0] - 16) // 2, (shown.shape[1] - 16) // 2
     shown = shown[top : top + 16, left : left + 16]
-    np.testing.assert_array_equal(
-        folders.decode_image(tmp_path / "a.png", 16), shown.transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", 16), shown.transpose(2, 0, 1))
 
 
 def test_rotated_photo_is_upright(tmp_path):
@@ -415,7 +417,7 @@ def test_rotated_photo_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(stored).save(tmp_path / "a.jpg", exif=exif)
-    decoded = folders.decode_image(tmp_path / "a.jpg", 16)
+    decoded = decode(tmp_path / "a.jpg", 16)
     assert decoded[0, :6].min() > 240
     assert decoded[0, 10:].max() < 15
 
@@ -426,7 +428,7 @@ def test_rotated_photo_is_upright(tmp_path):
 )
 def test_broken_exif_does_not_cost_the_picture(tmp_path, exif):
     plain("RGB", TEAL).save(tmp_path / "a.jpg", exif=exif)
-    assert abs(int(folders.decode_image(tmp_path / "a.jpg", 16)[2, 8, 8]) - TEAL[2]) <= 4
+    assert abs(int(decode(tmp_path / "a.jpg", 16)[2, 8, 8]) - TEAL[2]) <= 4
 
 
 # the cache of decoded folders
@@ -437,13 +439,13 @@ def decoded(monkeypatch):
     """The names of the images decoded so far."""
     names = []
 
-    decode_image = folders.decode_image
+    read_image = decoding.read_image
 
-    def recorded(path, size):
+    def recorded(path, size, rules):
         names.append(Path(path).name)
-        return decode_image(path, size)
+        return read_image(path, size, rules)
 
-    monkeypatch.setattr(folders, "decode_image", recorded)
+    monkeypatch.setattr(decoding, "read_image", recorded)
     return names
 
 
@@ -455,7 +457,7 @@ def test_second_load_decodes_nothing_and_gives_the_same(tmp_path, monkeypatch):
     names = [f"{kind}/{i}.png" for kind in "ab" for i in range(5)]
     made = make_folder(tmp_path / "in", *names)
     first = load_folder(tmp_path / "in", tmp_path / "data")
-    monkeypatch.setattr(folders, "decode_image", lambda *_: 1 / 0)
+    monkeypatch.setattr(decoding, "read_image", lambda *_: 1 / 0)
     second = load_folder(tmp_path / "in", tmp_path / "data")
     assert names_of(second.train, made) == names_of(first.train, made)
     assert names_of(second.test, made) == names_of(first.test, made)
@@ -595,17 +597,17 @@ def test_two_loads_at_once_leave_a_valid_cache(tmp_path, monkeypatch, kind):
     made = make_folder(tmp_path / "in", *(f"{i}.png" for i in range(5)))
     context = multiprocessing.get_context("fork")
     together = context.Barrier(2) if kind == "processes" else threading.Barrier(2)
-    decode_image = folders.decode_image
+    read_image = decoding.read_image
 
-    def in_step(path, size):
+    def in_step(path, size, rules):
         together.wait(20)
-        return decode_image(path, size)
+        return read_image(path, size, rules)
 
     def load():
         data = load_folder(tmp_path / "in", tmp_path / "data")
         assert names_of(data.train, made) == [f"{i}.png" for i in range(5)]
 
-    monkeypatch.setattr(folders, "decode_image", in_step)
+    monkeypatch.setattr(decoding, "read_image", in_step)
     if kind == "processes":
         processes = [context.Process(target=load) for _ in range(2)]
         for process in processes:
@@ -617,7 +619,7 @@ def test_two_loads_at_once_leave_a_valid_cache(tmp_path, monkeypatch, kind):
         with ThreadPoolExecutor(2) as pool:
             for future in [pool.submit(load) for _ in range(2)]:
                 future.result(30)
-    monkeypatch.setattr(folders, "decode_image", lambda *_: 1 / 0)
+    monkeypatch.setattr(decoding, "read_image", lambda *_: 1 / 0)
     load()
     assert [path.suffix for path in cache_files(tmp_path / "data")] == [".json", ".npy"]
 
@@ -647,7 +649,8 @@ def make_mixed_folder(root):
 
 def readable(root, data_dir):
     paths = folders.image_files(root)
-    images, broken = folders.decode_readable(paths, root, data_dir, 8)
+    rules = decoding.PixelRules()
+    images, broken, _ = folders.decode_readable(paths, root, data_dir, 8, rules)
     assert images.shape == (len(paths), 3, 8, 8)
     assert len(set(broken.values())) == len(broken)
     good = {
@@ -676,15 +679,15 @@ def test_broken_images_are_told_apart_also_from_the_cache(tmp_path, decoded, cac
 
 def test_image_that_can_be_read_again_is(tmp_path, monkeypatch):
     make_folder(tmp_path / "in", "0.png", "1.png")
-    decode_image = folders.decode_image
+    read_image = decoding.read_image
 
-    def unplugged(path, size):
+    def unplugged(path, size, rules):
         if path.name == "1.png":
             raise OSError(5, "Input/output error")
-        return decode_image(path, size)
+        return read_image(path, size, rules)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "decode_image", unplugged)
+        patch.setattr(decoding, "read_image", unplugged)
         good, broken = readable(tmp_path / "in", tmp_path / "data")
     assert (good, broken) == ({"0.png": (0, 255, 0)}, {"1.png": "Input/output error"})
     good, broken = readable(tmp_path / "in", tmp_path / "data")

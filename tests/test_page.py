@@ -16,7 +16,7 @@ from support import datasets, files, page
 CLASSES = ("</script><b>cat", "dog & co", "bird")
 
 
-def make_page(folder, count=60, predictions=True, labelled=True, size=8):
+def make_page(folder, count=60, predictions=True, labelled=True, size=8, names=None):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=draw)
     features = torch.randn(count, 5, generator=draw)
@@ -27,6 +27,7 @@ def make_page(folder, count=60, predictions=True, labelled=True, size=8):
         path,
         coordinates,
         images,
+        names,
         features,
         labels if labelled else None,
         CLASSES if labelled else ("images",),
@@ -174,6 +175,16 @@ def test_a_page_without_labels_in_a_browser(tmp_path, browser):
     browser.get(f"file://{path}")
     assert point_at(browser, 12) == ["nearest neighbours"]
     assert len(browser.find_elements("css selector", "#panel .tile")) == 6
+
+
+def test_the_page_shows_the_names_of_files_in_a_browser(tmp_path, browser):
+    names = np.array([f"a/{i} <b>.png" for i in range(60)])
+    path, _, features = make_page(tmp_path, predictions=False, labelled=False, names=names)
+    browser.get(f"file://{path}")
+    point_at(browser, 12)
+    shown = [part.text for part in browser.find_elements("css selector", "#panel .name")]
+    others = page.nearest(features)[12].tolist()
+    assert shown == [f"a/{i} <b>.png" for i in (12, *others)]
 
 
 # functions.write_map_page, which gives the page its data

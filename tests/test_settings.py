@@ -34,9 +34,9 @@ def other_value(name):
         return default + 1
     if isinstance(default, float):
         return default / 2 or 0.5
-    return {"stages": "probe,embed", "labels": "7,all", "view_size": "16,24"}.get(
-        name, "another one"
-    )
+    others = {"stages": "probe,embed", "labels": "7,all", "view_size": "16,24"}
+    others |= {"encoder": "small", "channels": 5, "value_range": (-1.5, 9.0)}
+    return others.get(name, "another one")
 
 
 def arguments_for(name, value):
