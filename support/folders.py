@@ -183,19 +183,22 @@ def decode_folder(paths: list[Path], folder: Path, data_dir: Path, size: int) ->
 
 
 def decode_readable(
-    paths: list[Path], folder: Path, data_dir: Path, size: int
+    paths: list[Path], folder: Path, data_dir: Path, size: int, stop: bool = False
 ) -> tuple[Tensor, dict[int, str]]:
     """As `decode_folder`, with a cache of its own, but what cannot be read is passed over.
 
     Returns:
         `(N, 3, size, size)`, and for the positions of files that cannot be read the reason. What
         their rows hold means nothing. They are tried again at every start.
+
+    Raises:
+        UserError: with `stop`, at the first that cannot be read.
     """
-    return _decode_cached(paths, folder, data_dir, size, strict=False)
+    return _decode_cached(paths, folder, data_dir, size, strict=False, stop=stop)
 
 
 def _decode_cached(
-    paths: list[Path], folder: Path, data_dir: Path, size: int, strict: bool
+    paths: list[Path], folder: Path, data_dir: Path, size: int, strict: bool, stop: bool = False
 ) -> tuple[Tensor, dict[int, str]]:
     lines = []
     for path in paths:
@@ -214,7 +217,7 @@ def _decode_cached(
     found = _open_cache(cache, shape)
     if found is not None:
         images, rows = found
-        return images, _decode_into(images.numpy(), rows, paths, folder, size, strict)
+        return images, _decode_into(images.numpy(), rows, paths, folder, size, strict, stop)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
@@ -223,7 +226,7 @@ def _decode_cached(
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
                 with open(draft, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            broken = _decode_into(drafted, range(len(paths)), paths, folder, size, strict)
+            broken = _decode_into(drafted, range(len(paths)), paths, folder, size, strict, stop)
             drafted.flush()
             record = {"crc32": zlib.crc32(drafted.data), "broken": list(broken)}
             Path(temporary, "sum.json").write_text(json.dumps(record))
@@ -232,7 +235,7 @@ def _decode_cached(
     except OSError as error:
         print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
         array = np.empty(shape, np.uint8)
-        broken = _decode_into(array, range(len(paths)), paths, folder, size, strict)
+        broken = _decode_into(array, range(len(paths)), paths, folder, size, strict, stop)
         return torch.from_numpy(array), broken
     for old in cache.parent.glob(f"{glob.escape(stem)}*"):
         if old.suffix in (".npy", ".json") and old.stem != cache.stem:
@@ -275,11 +278,13 @@ def _decode_into(
     folder: Path,
     size: int,
     strict: bool,
+    stop: bool,
 ) -> dict[int, str]:
     """Decode the paths at `rows` into these rows of `array`, in threads (Pillow releases the lock).
 
     Returns:
-        The rows that cannot be read, and why; with `strict` they are a UserError.
+        The rows that cannot be read, and why; with `strict` they are a UserError, with `stop` the
+        first of them is one at once.
     """
     from tqdm import tqdm
 
@@ -303,6 +308,9 @@ def _decode_into(
         for done in pool.map(decode, [rows[i : i + 256] for i in range(0, len(rows), 256)]):
             failed |= done
             bar.update(min(256, len(rows) - bar.n))
+            for row, reason in failed.items() if stop else ():
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"{paths[row]} cannot be read: {reason}")
     if failed and strict:
         row, reason = next(iter(failed.items()))
         raise UserError(
