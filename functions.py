@@ -553,7 +553,7 @@ def write_map_page(
         folder / "embedding.html",
         coordinates=coordinates,
         images=split.images,
-        features=features,
+        neighbours=page.nearest(features),
         labels=labels,
         classes=data.classes or ("images",),
         colors=class_colors(len(data.classes)) or [TRAIN_COLOR],

@@ -136,7 +136,7 @@ def write_page(
     path: Path,
     coordinates: np.ndarray,
     images: Tensor,
-    features: Tensor,
+    neighbours: Tensor,
     labels: np.ndarray | None,
     classes: Sequence[str],
     colors: Sequence[Any],
@@ -149,7 +149,7 @@ def write_page(
         path: of the file.
         coordinates: `(N, 2)`.
         images: `(N, C, H, W)`, uint8.
-        features: `(N, D)`, in which the neighbours are looked for.
+        neighbours: `(N, k)`, the positions of those that each image is shown with.
         labels: `(N,)`, or None.
         classes: their names; without labels one name for all images.
         colors: of the classes, in any spelling of matplotlib's.
@@ -167,7 +167,7 @@ def write_page(
         "labelled": labels is not None,
         "labels": labels.tolist() if labels is not None else [0] * len(coordinates),
         "predictions": None if predictions is None else predictions.tolist(),
-        "neighbours": nearest(features).tolist(),
+        "neighbours": neighbours.tolist(),
         "columns": columns,
     }
     parts = {
