@@ -426,7 +426,8 @@ class Pretraining:
 
     def _judge(self, row: dict[str, Any], z: Tensor) -> dict[str, Any]:
         """The columns about the epoch's last step, and the verdict on all epochs."""
-        config, modules = self.config, self.model.modules()
+        config, norms = self.config, nn.modules.batchnorm._BatchNorm
+        layers = [layer for layer in self.model.modules() if isinstance(layer, norms)]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         columns: dict[str, Any] = {
             "last_loss": self._loss.item(),
@@ -439,9 +440,9 @@ class Pretraining:
             embeddings=len(z),
             size=z.shape[1],
             normalised=len(self._z),
-            knn_chance=verdict.luck(self.train.labels, max(1, len(self.train) // 5)),
+            knn_chance=verdict.luck(self.train.labels, min(5000, max(1, len(self.train) // 5))),
             constant=self._constant,
-            frozen=any(isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training for m in modules),
+            frozen=any(not layer.training for layer in layers),
         )
         columns["verdict"] = verdict.judge([*self.history, row | columns], self.method, about)
         return columns

@@ -1,6 +1,8 @@
 """Is a pretraining any good? A verdict without labels, from what its method should do.
 
-Each threshold is a closed form, or stands at a stated distance from one; none is fitted to runs.
+Each threshold is a closed form, or stands at a stated distance from one. How large these distances
+are is a choice: what a tenth of the sphere, a quarter of the variance and ten dimensions catch and
+blame is in docs/verdicts.md.
 B images in a batch, V views of each, D values in an embedding.
 """
 
@@ -134,13 +136,14 @@ def judge(history: Sequence[dict[str, Any]], method: Method, about: Circumstance
         # exp(2 / temperature) is how much more the nearest negative weighs than the farthest.
         "high temperature": temperature is not None and math.exp(2 / temperature) < 1.1,
         # A tenth of the sphere's is left; or the loss is where a collapse would take it, too soon
-        # to be learned; or a quarter of the variance is lost, which nothing but a collapse rewards
-        # and which is ten times the sampling error of a batch.
+        # to be learned; or a quarter of the variance is lost, which nothing but a collapse rewards.
         "collapse": spread < 0.1
-        or method.rewards_collapse
-        and (
-            (early and row["loss"] < 0.99 * method.collapse_loss)
-            or row["embedding_std"] ** 2 < 0.75 * widest**2
+        or (
+            method.rewards_collapse
+            and (
+                (early and row["loss"] < 0.99 * method.collapse_loss)
+                or row["embedding_std"] ** 2 < 0.75 * widest**2
+            )
         ),
         # Distances below bfloat16's rounding, 2^-8 of the length.
         "equal views": row.get("image_share", 0.0) > 1 - 2**-16,
@@ -153,8 +156,7 @@ def judge(history: Sequence[dict[str, Any]], method: Method, about: Circumstance
         and row["epoch"] > max(1, about.warmup_epochs)
         and row["loss"] >= method.chance_loss,
         # Within ten times of a collapse, whose RankMe is 1, where there is room for a hundred.
-        "low rank": row.get("rank_me", math.inf) < 10
-        and min(about.embeddings, about.size) >= 100,
+        "low rank": row.get("rank_me", math.inf) < 10 and min(about.embeddings, about.size) >= 100,
         "labels": bool(neighbours) and neighbours[-1] <= about.knn_chance,
         # A variance of n values has the relative error sqrt(2 / (n - 1)).
         "small batch": 2 / max(1, about.normalised - 1) > 0.5**2,
@@ -190,17 +192,17 @@ def measure(z: Tensor, views: int, pixels: Tensor | None) -> dict[str, float]:
         pixels: `(V b, C, H, W)`, of any scale, ordered likewise.
 
     Returns:
-        `alignment` and `uniformity`; `image_share`, the part of the embeddings' variance that lies
+        `alignment`, and of two or more images `uniformity` and `image_share`, the part of the embeddings' variance that lies
         between images, not between views of one: 1 when views do not matter, about 0 when images
         do not; and `view_correlation`, see there.
     """
     z = F.normalize(z.float(), dim=1).unflatten(0, (views, -1))  # (V, B, D)
-    within, total = z.var(0).sum(1).mean(), z.var(1).sum(1).mean()
-    row = {
-        "alignment": 2 * within.item(),  # two draws differ by twice the variance
-        "uniformity": uniformity(z[0]),
-        "image_share": 1 - (within / total.clamp(min=1e-12)).item(),
-    }
+    within = z.var(0).sum(1).mean()
+    row = {"alignment": 2 * within.item()}  # two draws differ by twice the variance
+    if z.shape[1] > 1:
+        row["uniformity"] = uniformity(z[0])
+        total = z.var(1).sum(1).mean()
+        row["image_share"] = 1 - (within / total.clamp(min=1e-12)).item()
     if pixels is not None:
         row["view_correlation"] = view_correlation(*pixels.unflatten(0, (views, -1))[:2])
     return row
