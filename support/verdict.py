@@ -134,7 +134,7 @@ def judge(history: Sequence[dict[str, Any]], method: Method, about: Circumstance
         "low temperature": temperature is not None
         and 2 * about.size * temperature**2 * math.log(max(negatives, 2)) < 1,
         # exp(2 / temperature) is how much more the nearest negative weighs than the farthest.
-        "high temperature": temperature is not None and math.exp(2 / temperature) < 1.1,
+        "high temperature": temperature is not None and 2 / temperature < math.log(1.1),
         # A tenth of the sphere's is left; or the loss is where a collapse would take it, too soon
         # to be learned; or a quarter of the variance is lost, which nothing but a collapse rewards.
         "collapse": spread < 0.1
@@ -157,7 +157,7 @@ def judge(history: Sequence[dict[str, Any]], method: Method, about: Circumstance
         and row["loss"] >= method.chance_loss,
         # Within ten times of a collapse, whose RankMe is 1, where there is room for a hundred.
         "low rank": row.get("rank_me", math.inf) < 10 and min(about.embeddings, about.size) >= 100,
-        "labels": bool(neighbours) and neighbours[-1] <= about.knn_chance,
+        "labels": bool(neighbours) and neighbours[-1] <= about.knn_chance < 1,
         # A variance of n values has the relative error sqrt(2 / (n - 1)).
         "small batch": 2 / max(1, about.normalised - 1) > 0.5**2,
     }
@@ -192,9 +192,9 @@ def measure(z: Tensor, views: int, pixels: Tensor | None) -> dict[str, float]:
         pixels: `(V b, C, H, W)`, of any scale, ordered likewise.
 
     Returns:
-        `alignment`, and of two or more images `uniformity` and `image_share`, the part of the embeddings' variance that lies
-        between images, not between views of one: 1 when views do not matter, about 0 when images
-        do not; and `view_correlation`, see there.
+        `alignment`, and of two or more images `uniformity` and `image_share`: the part of the
+        embeddings' variance that lies between images, not between views of one, 1 when views do
+        not matter, about 0 when images do not; and `view_correlation`, see there.
     """
     z = F.normalize(z.float(), dim=1).unflatten(0, (views, -1))  # (V, B, D)
     within = z.var(0).sum(1).mean()
