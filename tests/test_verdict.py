@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import simclr
 import simsiam
 from support import checkpoints, files, pretraining, verdict
 
+ROOT = Path(simclr.__file__).resolve().parent
 NT_XENT = verdict.Method(chance_loss=math.log(2 * 64 - 1), temperature=0.5)
 SIMSIAM = verdict.Method(chance_loss=0.0, collapse_loss=-1.0)
 ABOUT = verdict.Circumstances(
@@ -225,3 +227,19 @@ def test_a_run_from_before_there_were_verdicts_goes_on(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [each["verdict"] for each in rows] == ["", "", "good"]
     assert summary["verdict"].startswith("good: ")
+
+
+def test_the_documentation_shows_the_measured_table():
+    documentation = (ROOT / "docs" / "verdicts.md").read_text()
+    with (ROOT / "docs" / "results" / "verdicts" / "verdicts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for each in rows:
+        cells = [each[name] for name in ("planted", "script", "data", "settings") if each[name]]
+        (line,) = [
+            line for line in documentation.splitlines() if f"| {' | '.join(cells)} |" in line
+        ]
+        assert each["verdict"] in line
+    caught = [each["verdict"] != "good" for each in rows if each["planted"]]
+    blamed = [each["verdict"] != "good" for each in rows if not each["planted"]]
+    assert f"{sum(caught)} of {len(caught)} are caught" in documentation
+    assert f"{sum(blamed)} of {len(blamed)} are blamed" in documentation
