@@ -22,6 +22,7 @@ faster key encoder fills, and BatchNorm over parts of the batch instead of a GPU
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
-from support import datasets, devices, encoders, pretraining, runs, settings
+from support import datasets, devices, encoders, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -235,8 +236,10 @@ def pretrain(
     weights = model.query_parameters()
     optimizer = torch.optim.SGD(weights, rate, 0.9, weight_decay=decay, fused=True)
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
+    chance = math.log(config.queue_size + 1)  # the loss of equal embeddings
+    method = verdict.Method(chance_loss=chance, temperature=config.temperature)
     training = pretraining.Pretraining(
-        model, optimizer, data.train, config, run, fabric, monitor, views=1
+        model, optimizer, data.train, config, run, fabric, monitor, method, views=1
     )
     if not training.history:
         model.update_key_encoder(momentum=0)  # the encoder may have been given with --weights

@@ -12,6 +12,7 @@ weaker colour jitter, no blur, SGD instead of LARS; both views go through the en
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import few_labels
 import functions
-from support import datasets, encoders, pretraining, runs, settings
+from support import datasets, encoders, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -198,8 +199,11 @@ def pretrain(
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
+    left_out = config.views if config.loss == "dcl" else 1
+    nothing = math.log(config.views * config.batch_size - left_out)  # the loss of equal embeddings
+    method = verdict.Method(chance_loss=nothing, temperature=config.temperature)
     training = pretraining.Pretraining(
-        model, optimizer, data.train, config, run, fabric, monitor, views=config.views
+        model, optimizer, data.train, config, run, fabric, monitor, method, config.views
     )
     compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
     network, stepper = fabric.setup(compiled(model), optimizer)
@@ -217,7 +221,7 @@ def pretrain(
             everyone = training.share.gather(z)  # (V B, D), of all processes
             rows, decoupled = training.share.rows, config.loss == "dcl"
             loss = loss_function(z, config.temperature, everyone, rows, config.views, decoupled)
-            training.record(loss, z)
+            training.record(loss, z, views)
             stepper.zero_grad()
             fabric.backward(loss)
             stepper.step()

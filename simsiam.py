@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import few_labels
 import functions
-from support import augment, datasets, encoders, files, pretraining, randaugment, runs
+from support import augment, datasets, encoders, files, pretraining, randaugment, runs, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -185,8 +185,9 @@ def pretrain(
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
+    method = verdict.Method(chance_loss=0.0, collapse_loss=-1.0)
     training = pretraining.Pretraining(
-        model, optimizer, data.train, config, run, fabric, monitor, collapse_loss=-0.99
+        model, optimizer, data.train, config, run, fabric, monitor, method
     )
     compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
     network, stepper = fabric.setup(compiled(model), optimizer)
@@ -202,7 +203,7 @@ def pretrain(
             z, p = network(*(views.chunk(2) if config.head == "paper" else (views,)))  # (2b, D)
             (z1, z2), (p1, p2) = z.chunk(2), p.chunk(2)  # (b, D) each
             loss = negative_cosine_similarity(p1, z2) / 2 + negative_cosine_similarity(p2, z1) / 2
-            training.record(loss, z)
+            training.record(loss, z, views)
             stepper.zero_grad()
             fabric.backward(loss)
             stepper.step()

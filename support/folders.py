@@ -324,6 +324,8 @@ def _decode_into(
 
     def decode(part: Sequence[int], rules: decoding.PixelRules) -> int:
         for row in part:
+            if stop and failed:
+                break
             try:
                 _file_state(paths[row])  # opening a pipe would wait for its other end
                 pixels = decoding.read_image(paths[row], size, rules)

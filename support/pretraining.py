@@ -34,6 +34,7 @@ from support import (
     report,
     runs,
     settings,
+    verdict,
 )
 from support.errors import UserError, require
 from support.settings import setting
@@ -276,7 +277,7 @@ class Pretraining:
         for epoch in training.epochs():
             for step, images, generator in training.batches(epoch):
                 ...
-                training.record(loss, z)
+                training.record(loss, z, views)
 
     After each epoch: a row of `metrics.csv`, and `checkpoint.pt` if it is due. With `config.resume`
     the epochs are those that the folder's checkpoint leaves; newer rows are made again.
@@ -289,7 +290,7 @@ class Pretraining:
         run: the open run.
         fabric: Lightning Fabric.
         monitor: with `measure(encoder, z, epoch, last)`, more columns for a row.
-        collapse_loss: a loss below this in the first tenth of the epochs is a sign of collapse.
+        method: what its loss is when nothing is learned, for the verdict after each epoch.
         views: of each image.
     """
 
@@ -302,16 +303,16 @@ class Pretraining:
         run: runs.Run,
         fabric: Any,
         monitor: Any,
-        collapse_loss: float = -math.inf,
+        method: verdict.Method | None = None,
         views: int = 2,
     ):
         self.model, self.optimizer, self.train = model, optimizer, train
         self.config, self.run, self.fabric = config, run, fabric
-        self.monitor, self.collapse_loss = monitor, collapse_loss
+        self.monitor, self.method = monitor, method or verdict.Method()
         self.share = Share(fabric, config.batch_size, views)
         self.steps = len(train) // config.batch_size  # a smaller last batch is left out
         self.history: list[dict[str, Any]] = []
-        self._collapsed = False
+        self._constant = bool((train.images[:1000] == train.images[:1]).all())
         self._saver = checkpoints.Saver(config.checkpoint_seconds)
         checkpoint = run.folder / "checkpoint.pt"
         if config.resume is not None and checkpoint.exists():
@@ -369,16 +370,22 @@ class Pretraining:
         steps, warmup = self.config.epochs * self.steps, self.config.warmup_epochs * self.steps
         return progress.scheduled_rate(peak, step, steps, warmup, self.config.schedule)
 
-    def record(self, loss: Tensor, z: Tensor) -> None:
-        """Take a step's loss, the mean over this process's share, and its embeddings `z` `(N, D)`.
+    def record(self, loss: Tensor, z: Tensor, views: Tensor | None = None) -> None:
+        """Take a step's loss, the mean over this process's share, and what it is of.
+
+        Args:
+            loss: a scalar.
+            z: `(V b, D)`, embeddings of all first views, then of all second views, and so on.
+            views: `(V b, C, H, W)`, the views themselves, in the same order.
 
         Raises:
             Diverged: the loss is not finite.
         """
         several = self.fabric.world_size > 1  # all of them see the same loss, and stop together
-        self._losses.add(self.fabric.all_reduce(loss.detach()) if several else loss)
+        self._loss = self.fabric.all_reduce(loss.detach()) if several else loss.detach()
+        self._losses.add(self._loss)
         self._bar.update(self.config.batch_size)
-        self._z = z.detach()
+        self._z, self._views = z.detach(), views
 
     def _epochs_after(self, epoch: int) -> float:
         """The epochs that follow one, counted in its cost: that grows with the views' area."""
@@ -397,6 +404,7 @@ class Pretraining:
         row["images_per_second"] = self.steps * config.batch_size / seconds
         began = time.perf_counter()
         row |= self.monitor.measure(self.model.encoder, z, done, done == config.epochs)
+        row |= self._judge(row, z)
         row["measure_seconds"] = time.perf_counter() - began
         row["checkpoint_seconds"] = (
             self._saver.seconds
@@ -411,7 +419,10 @@ class Pretraining:
         self._saver.save(folder / "checkpoint.pt", *state)
         files.write_csv(folder / "metrics.csv", self.history)
         self.run.log(row, done)
-        self._warn_of_collapse(row, z.shape[1])
+        if row["verdict"] not in {"good", *(before.get("verdict") for before in self.history[:-1])}:
+            self._bar.write(
+                f"warning in epoch {done}: {verdict.describe(row['verdict']).partition(': ')[2]}"
+            )
         if done % max(1, config.epochs // 20) == 0:
             knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
             left = progress.format_seconds(seconds * self._epochs_after(epoch))
@@ -420,16 +431,28 @@ class Pretraining:
                 f"{row['images_per_second']:,.0f} images/s  {left} left{knn}"
             )
 
-    def _warn_of_collapse(self, row: dict[str, float], size: int) -> None:
-        spread = row["embedding_std"] * math.sqrt(size)
-        early = row["epoch"] <= max(1, self.config.epochs // 10)
-        if not self._collapsed and (spread < 0.1 or (early and row["loss"] < self.collapse_loss)):
-            self._collapsed = True
-            self._bar.write("warning: the embedding collapses: try a lower --learning-rate")
-            self._bar.write(
-                f"  (epoch {row['epoch']}: loss {row['loss']:.3f}, standard deviation {spread:.0%} "
-                "of the sphere's)"
-            )
+    def _judge(self, row: dict[str, Any], z: Tensor) -> dict[str, Any]:
+        """The columns about the epoch's last step, and the verdict on all epochs."""
+        config, norms = self.config, nn.modules.batchnorm._BatchNorm
+        layers = [layer for layer in self.model.modules() if isinstance(layer, norms)]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        columns: dict[str, Any] = {
+            "last_loss": self._loss.item(),
+            "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(),
+            **verdict.measure(z, self.share.views, self._views),
+        }
+        about = verdict.Circumstances(
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            embeddings=len(z),
+            size=z.shape[1],
+            normalised=len(self._z),
+            knn_chance=verdict.luck(self.train.labels, min(5000, max(1, len(self.train) // 5))),
+            constant=self._constant,
+            frozen=any(not layer.training for layer in layers),
+        )
+        columns["verdict"] = verdict.judge([*self.history, row | columns], self.method, about)
+        return columns
 
 
 def choose_compiler(config: PretrainingConfig, steps: int, device: torch.device) -> Callable:
@@ -543,6 +566,8 @@ def run_experiment(
         names = ("seconds", "measure_seconds", "checkpoint_seconds")
         seconds = sum(row.get(name, 0) for row in history for name in names)
         values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
+        if "verdict" in history[-1]:  # not of a run from before there were verdicts
+            values["verdict"] = verdict.describe(history[-1]["verdict"])
         summary = run.summarize(values, config.epochs)
         for name, stage in stages.items():
             if name not in config.stage_names:
@@ -633,5 +658,7 @@ def print_results(summary: dict[str, Any], folder: Path) -> None:
             print(f"{name:21} {value['mean']:.1%} ± {value['sd']:.1%} over {value['draws']} draws")
         elif value is not None:
             print(f"{name:21} {value:.1%}")
+    if "verdict" in summary:
+        print(f"verdict               {summary['verdict']}")
     print(f"time                  {progress.format_seconds(summary['seconds'])}")
     runs.print_folder(folder)

@@ -17,7 +17,8 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: 0.15em 1.2em 0.15em 0; text-align: left; }
 tr { border-bottom: 1px solid #ddd; } pre { background: #f4f4f4; padding: 0.8em; }
 pre { white-space: pre-wrap; } figure { margin: 1.5em 0; } img { max-width: 100%; }
-figcaption, .about { color: #555; }
+figcaption, .about { color: #555; } .light { font-size: 1.6em; vertical-align: -0.1em; }
+.good { color: #2a8a3e; } .doubtful { color: #d9a400; } .bad { color: #c62828; }
 """
 
 
@@ -38,11 +39,13 @@ def write_report(folder: Path, config_class: Any) -> None:
     script = config_class.SCRIPT
     about = [str(record.get(name)) for name in ("started", "hardware", "computed_in")]
     commit = record.get("commit")
+    numbers = number_rows(folder)
     parts = [
         f"<h1>{html.escape(script)}: {html.escape(folder.name)}</h1>",
         f'<p class="about">{html.escape(", ".join(about))}, commit {html.escape(str(commit))}</p>',
+        *_traffic_light(dict(numbers).get("verdict", "")),
         "<h2>Numbers</h2>",
-        _table(number_rows(folder)),
+        _table(numbers),
         "<h2>Settings that differ from the defaults</h2>",
         _table(changed_rows(record, config_class)),
         "<h2>The command that repeats it</h2>",
@@ -96,6 +99,14 @@ def command_of(record: dict[str, Any], config_class: Any) -> list[str]:
     """The words of the command that repeats a run, but for its name and where it is kept."""
     flags = settings.changed_flags(record, config_class)
     return ["python", f"{config_class.SCRIPT}.py", *(w for words in flags.values() for w in words)]
+
+
+def _traffic_light(verdict: str) -> list[str]:
+    """A green, yellow or red dot before a verdict that begins with good, doubtful or bad."""
+    light = verdict.partition(":")[0]
+    if light not in ("good", "doubtful", "bad"):  # a run without a verdict
+        return []
+    return [f'<p><span class="light {light}">●</span> {html.escape(verdict)}</p>']
 
 
 def _shown(name: str, value: Any) -> str:

@@ -72,11 +72,11 @@ def train(module, data, folder, fabric, scale=1, **changes):
         weight.register_hook(lambda gradient: gradient * scale)
     record = pretraining.Pretraining.record
 
-    def spy(self, loss, z):
+    def spy(self, loss, z, views):
         if losses:  # the step before is done
             gradients.append([weight.grad.clone() for weight in trained])
         losses.append(fabric.all_reduce(loss.detach()).item())
-        record(self, loss, z)
+        record(self, loss, z, views)
 
     folder.mkdir(parents=True)
     pretraining.Pretraining.record = spy

@@ -15,7 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from support import augment, checkpoints, datasets, devices, files, pretraining, progress, runs
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    files,
+    pretraining,
+    progress,
+    runs,
+    verdict,
+)
 from support import settings as flags
 from support.errors import Diverged, UserError
 
@@ -444,19 +454,20 @@ def drive(training, losses, z):
 @pytest.mark.parametrize(
     ("losses", "spread", "warned"),
     [
-        ([-0.9, -0.995] + [-0.9] * 18, 1.0, "(epoch 2: loss -0.995"),
+        ([-0.9, -0.995] + [-0.9] * 18, 1.0, "warning in epoch 2: the embedding collapses"),
         ([-0.98, -0.98, -0.995] + [-0.9] * 17, 1.0, None),  # after the first tenth it is learning
-        ([0.0] * 20, 0.01, "(epoch 1: loss 0.000, standard deviation 2%"),
+        ([0.0] * 20, 0.01, "warning in epoch 1: the embedding collapses"),
     ],
 )
 def test_a_collapse_is_said_once(tmp_path, capsys, losses, spread, warned):
     column = {"embedding_std": spread}
     monitor = SimpleNamespace(measure=lambda encoder, z, epoch, last: dict(column))
     config = make_config(tmp_path, epochs=20)
-    training = make_training(tmp_path, config=config, monitor=monitor, collapse_loss=-0.99)
+    method = verdict.Method(chance_loss=0.0, collapse_loss=-1.0)
+    training = make_training(tmp_path, config=config, monitor=monitor, method=method)
     drive(training, losses, torch.rand(16, 4))
     printed = capsys.readouterr().out
-    assert printed.count("warning: the embedding collapses") == (warned is not None)
+    assert printed.count("warning") == (warned is not None)
     assert warned is None or warned in printed
 
 

@@ -111,6 +111,18 @@ def test_a_report_in_a_browser(folder, browser):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.parametrize("light", ["good", "doubtful", "bad"])
+def test_the_verdict_is_a_coloured_dot(folder, light):
+    summary = {"verdict": f"{light}: <what it is>; what to do"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    report.write_report(folder, Config)
+    text = (folder / "report.html").read_text()
+    before_the_numbers = text[: text.index("<h2>Numbers")]
+    assert f'<span class="light {light}">' in before_the_numbers
+    assert f"{light}: &lt;what it is&gt;; what to do" in before_the_numbers
+    assert f".{light} {{ color: #" in text
+
+
 def test_a_damaged_run_is_one_line(folder, user_error):
     (folder / "summary.json").write_text("{")
     with user_error("summary.json", "damaged"):
