@@ -182,6 +182,14 @@ def make_table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[li
     return [[row[i] for i in kept] for row in rows]
 
 
+def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, head first, whose columns are as wide as their texts."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
+    head, *rest = ["| " + " | ".join(row) + " |" for row in padded]
+    return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rest]
+
+
 def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[str]:
     """A line per group with the settings in which the groups of its script differ."""
     lines = []
@@ -272,12 +280,7 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
     groups = group(runs)
     names = name_groups(groups)
     rows = make_table(groups, names)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for i, row in enumerate(rows):
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        print("| " + " | ".join(padded) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print("\n".join(markdown_lines(rows)))
     for line in describe_differences(groups, names):
         print(line)
     plot_curves(groups, names, parsed.figure)

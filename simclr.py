@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import few_labels
 import functions
 from support import (
     checkpoints,
@@ -44,7 +43,7 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
     """The defaults are a published recipe for CIFAR-10 on one GPU."""
 
     SCRIPT = "simclr"
-    STAGES = ("pretrain", "probe", "embed", "finetune", "study")
+    STAGES = ("pretrain", "probe", "embed", "finetune")
 
     projection: Literal["nonlinear", "linear", "none"] = setting(
         "nonlinear", "model", "projection head, used in pretraining only"
@@ -342,12 +341,7 @@ def main(config: Config) -> dict[str, Any]:
     data = functions.load_images(
         config.dataset, config.data_dir, config.image_size, config.download_url
     )
-    stages = {
-        "probe": functions.probe_stage,
-        "embed": embed,
-        "finetune": finetune,
-        "study": few_labels.study_stage,
-    }
+    stages = {"probe": functions.probe_stage, "embed": embed, "finetune": finetune}
     return pretraining.run_experiment(config, data, SimCLR, pretrain, stages, EVALUATION)
 
 
