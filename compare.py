@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import functions
-from support import files
+from support import files, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import FREE_ON_RESUME, Parser, value_before
@@ -182,14 +182,6 @@ def make_table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[li
     return [[row[i] for i in kept] for row in rows]
 
 
-def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, head first, whose columns are as wide as their texts."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
-    head, *rest = ["| " + " | ".join(row) + " |" for row in padded]
-    return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rest]
-
-
 def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[str]:
     """A line per group with the settings in which the groups of its script differ."""
     lines = []
@@ -280,7 +272,7 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
     groups = group(runs)
     names = name_groups(groups)
     rows = make_table(groups, names)
-    print("\n".join(markdown_lines(rows)))
+    print("\n".join(scores.markdown_lines(rows)))
     for line in describe_differences(groups, names):
         print(line)
     plot_curves(groups, names, parsed.figure)

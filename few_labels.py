@@ -16,7 +16,6 @@ images (`--evaluate-on validation`, docs/results/pilots/few_labels.csv), every t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -35,9 +34,26 @@ from torch import Tensor, nn
 import compare
 import embed
 import functions
-from support import augment, checkpoints, datasets, devices, encoders, files, graphs, neighbours
-from support import pool, progress, randaugment, report, runs, settings, supervised
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    graphs,
+    pool,
+    pretraining,
+    progress,
+    randaugment,
+    report,
+    runs,
+    scores,
+    settings,
+    supervised,
+)
 from support.errors import require
+from support.scores import Task
 from support.settings import setting
 
 
@@ -91,7 +107,9 @@ class Config(settings.RunConfig, dataset=""):
             require(good, f"{settings.flag(name)} must be in [0, 1]")
         require(0 < self.alpha < 1, f"--alpha must be between 0 and 1, not {self.alpha}")
         unknown = set(self.method_names) - METHODS.keys()
-        require(not unknown, f"--methods knows {','.join(METHODS)}, not {','.join(sorted(unknown))}")
+        require(
+            not unknown, f"--methods knows {','.join(METHODS)}, not {','.join(sorted(unknown))}"
+        )
         self.label_counts(2)
 
     @property
@@ -136,27 +154,6 @@ def draw_labels(labels: Tensor, count: int, seed: Any, draws: str = "balanced") 
 
 
 @dataclass(frozen=True)
-class Features:
-    """What an encoder, or the pixels themselves, say of the images.
-
-    `train` `(N, D)` and `test` `(M, D)` are standardised with the statistics of the training
-    images. `near` are each image's nearest others as `neighbours.find_nearest` gives them;
-    `test_near` the test images' among the training images. With `--transductive` there is no
-    `test_near`, but the test images are the last of the images in `near`.
-    """
-
-    train: Tensor
-    test: Tensor
-    near: tuple[np.ndarray, np.ndarray] | None
-    test_near: tuple[np.ndarray, np.ndarray] | None
-
-    @functools.cached_property
-    def graph(self) -> Any:
-        """The sparse matrix S of label spreading."""
-        return graphs.normalized_graph(*self.near)
-
-
-@dataclass(frozen=True)
 class Given:
     """What a method gets: images without labels, and the labels of the drawn ones alone.
 
@@ -197,8 +194,8 @@ def nearest_mean(given: Given) -> Tensor:
 def logistic_regression(given: Given) -> Tensor:
     """A linear layer with an L2 penalty, to convergence."""
     known = given.features.train[given.chosen]
-    model = functions.fit_logistic_regression(known, given.labels, given.config.penalty)
-    return torch.from_numpy(model.predict(given.features.test.cpu().numpy()))
+    test, penalty = given.features.test, given.config.penalty
+    return functions.logistic_regression(known, given.labels, test, penalty)
 
 
 def train_mlp(given: Given) -> Tensor:
@@ -218,12 +215,10 @@ def spread_labels(given: Given) -> Tensor:
     """
     features, chosen = given.features, given.chosen.cpu().numpy()
     marks = F.one_hot(given.labels, given.classes).double().cpu().numpy()  # (n, K)
-    scores = graphs.spread(features.graph, chosen, marks, given.config.alpha)  # (N, K)
+    spread = graphs.spread(features.graph, chosen, marks, given.config.alpha)  # (N, K)
     if features.test_near is None:
-        scores = scores[-len(given.test) :]
-    else:
-        scores = graphs.average_neighbours(scores, *features.test_near)  # (M, K)
-    return torch.from_numpy(scores.argmax(1))
+        spread = graphs.average_neighbours(spread, *features.test_near)  # (M, K)
+    return torch.from_numpy(spread[-len(given.test) :].argmax(1))
 
 
 def train_plainly(given: Given) -> Tensor:
@@ -389,21 +384,11 @@ METHODS = {
 # ---------------------------------------------------------------------------- the trainings
 
 
-class Task(NamedTuple):
-    """A training: of a method, from a run (`simsiam/A`), from `pixels` or from `nothing`."""
-
-    method: str
-    start: str
-    labels: int
-    draw: int
-
-
 @dataclass(frozen=True)
 class Start:
-    """What methods start from: a finished run, the pixels, or nothing.
+    """What methods start from: a finished run in a `folder`, the pixels, or nothing.
 
-    Runs that differ in nothing but their seed have one `group`. `seconds` are those of its
-    pretraining, `folder` is the run's.
+    Runs that differ in nothing but their seed have one `group`. `seconds` are the pretraining's.
     """
 
     group: str
@@ -419,20 +404,22 @@ def read_starts(folders: Sequence[str]) -> dict[str, Start]:
         UserError: a folder that holds no finished run, or one that is given twice.
     """
     starts = {"nothing": Start("", ("new",)), "pixels": Start("pixels", ("pixels",))}
-    read = {folder: compare.read_run(Path(folder))[0] for folder in folders}
-    of_pretraining = [  # runs that are evaluated in other ways are no others
-        dataclasses.replace(run, settings={k: v for k, v in run.settings.items() if k != "stages"})
-        for run in read.values()
-    ]
-    groups = compare.group(of_pretraining)
-    for members, name in zip(groups, compare.name_groups(groups), strict=True):
+    read: dict[str, compare.Run] = {}
+    for folder in folders:
+        run = compare.read_run(Path(folder))[0]
+        name = f"{run.script}/{Path(folder).resolve().name}"
+        has_encoder = (Path(folder) / "encoder.safetensors").exists()
+        require(has_encoder, f"{folder} has no encoder.safetensors: it pretrained no encoder")
+        require(name not in read, f"{name} is given twice")
+        # Runs that were evaluated in other ways are no others.
+        known = {k: v for k, v in run.settings.items() if k not in pretraining.EVALUATION}
+        read[name] = dataclasses.replace(run, name=name, settings=known)
+        starts[name] = Start("", ("features", "encoder"), folder=Path(folder))
+    for members in compare.group([*read.values()]):
         for run in members:
-            folder = Path(folders[of_pretraining.index(run)])
-            own = f"{run.script}/{folder.resolve().name}"
-            require(own not in starts, f"{own} is given twice")
-            group = name if name.startswith(run.script) else f"{run.script} {name}"
-            seconds = float(run.summary.get("pretrain_seconds", run.summary.get("seconds", 0)))
-            starts[own] = Start(group, ("features", "encoder"), seconds, folder)
+            seconds = float(run.summary.get("pretrain_seconds", 0))
+            changes = {"group": members[0].name, "seconds": seconds}
+            starts[run.name] = dataclasses.replace(starts[run.name], **changes)
     return starts
 
 
@@ -452,114 +439,6 @@ def list_tasks(config: Config, starts: dict[str, Start], images: int) -> list[Ta
     return tasks
 
 
-def prepare_features(path: Path, start: Start, data: datasets.ImageData, config: Config) -> None:
-    """Write what `Features` holds into a folder, where all workers read it."""
-    parts = (data.train, data.test)
-    if start.folder is None:
-        train, test = (datasets.to_float(part.images).flatten(1) for part in parts)  # (N, D)
-    else:
-        encoder = embed.load_encoder(start.folder, config.device)
-        train, test = (
-            functions.extract_features(encoder.network, part, encoder.fabric) for part in parts
-        )
-    train, test = functions.standardize(train, test)
-    arrays = {"train": train, "test": test}
-    if "spreading" in config.method_names:
-        bank = F.normalize(torch.cat([train, test]) if config.transductive else train, dim=1)
-        arrays["near"], arrays["where"] = neighbours.find_nearest(bank, bank, config.neighbours)
-        if not config.transductive:
-            found = neighbours.find_nearest(test, bank, config.neighbours)
-            arrays["test_near"], arrays["test_where"] = found
-    path.mkdir(parents=True, exist_ok=True)
-    for name, values in arrays.items():
-        with files.atomic_file(path / f"{name}.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, values.cpu().numpy())
-
-
-def load_features(path: Path, device: torch.device) -> Features:
-    """What `prepare_features` wrote; the files are read where they are used."""
-
-    def read(name: str) -> np.ndarray | None:
-        file = path / f"{name}.npy"
-        return np.load(file, mmap_mode="c") if file.exists() else None
-
-    pairs = [(read(near), read(where)) for near, where in (("near", "where"), ("test_near", "test_where"))]
-    near, test_near = (None if pair[0] is None else pair for pair in pairs)
-    train, test = (torch.from_numpy(read(name)).to(device) for name in ("train", "test"))
-    return Features(train, test, near, test_near)
-
-
-class Trainer:
-    """Does a task, and keeps what several tasks share. One per process."""
-
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
-        self.fabric = devices.make_fabric(config.device, config.precision)
-        self.data = load_data(config).to(self.fabric.device)
-        self.starts = read_starts(config.runs)
-        self.features = functools.lru_cache(maxsize=2)(self._features)
-        self.encoder = functools.lru_cache(maxsize=2)(self._encoder)
-
-    def _features(self, name: str) -> Features:
-        return load_features(features_folder(self.folder, name), self.fabric.device)
-
-    def _encoder(self, name: str) -> Any:
-        return embed.load_encoder(self.starts[name].folder, self.config.device).network
-
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """The row of `few_labels.csv`."""
-        from sklearn.metrics import f1_score
-
-        config, data = self.config, self.data
-        method, start, began = METHODS[task.method], self.starts[task.start], time.perf_counter()
-        seed = config.seed + task.draw
-        chosen = draw_labels(data.train.labels, task.labels, (config.seed, task.draw), config.draws)
-        chosen = chosen.to(self.fabric.device)
-        devices.seed_everything(seed)
-        encoder = features = None
-        if "new" in method.start and start.folder is None:
-            encoder = self.new_encoder()
-        elif "encoder" in method.start:
-            encoder = copy.deepcopy(self.encoder(task.start))
-        else:
-            features = self.features(task.start)
-        images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
-        if config.transductive:
-            both = torch.cat([images.images, test.images])
-            images = dataclasses.replace(images, images=both, paths=None)
-        given = Given(
-            images,
-            test,
-            chosen,
-            data.train.labels[chosen],
-            len(data.classes),
-            encoder,
-            features,
-            seed,
-            config,
-            self.fabric,
-        )
-        predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
-        row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
-        row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
-        return row | {"seconds": time.perf_counter() - began}
-
-    def new_encoder(self) -> Any:
-        """An untrained encoder like that of the first run, or a small one without runs."""
-        shape = self.data.train.images.shape[1:3]
-        folders = [start.folder for start in self.starts.values() if start.folder is not None]
-        if not folders:
-            return encoders.make_encoder("small", "cifar", *shape)
-        _, about = checkpoints.load_tensors(folders[0] / "encoder.safetensors")
-        width = about.get("width", 64)
-        return encoders.make_encoder(about["encoder"], about["stem"], *shape, width)
-
-
-def features_folder(folder: Path, start: str) -> Path:
-    """Where the features of a start are kept until the comparison is finished."""
-    return folder / "features" / start.replace("/", "-")
-
-
 def load_data(config: Config) -> datasets.ImageData:
     """The data set, for choosing settings without its test images."""
     data = functions.load_images(
@@ -569,209 +448,207 @@ def load_data(config: Config) -> datasets.ImageData:
     return data.for_choosing() if config.evaluate_on == "validation" else data
 
 
-# ------------------------------------------------------------------------------ the numbers
+def features_folder(folder: Path, start: str) -> Path:
+    """Where the features of a start are kept until the comparison is finished."""
+    return folder / "features" / start.replace("/", "-")
 
 
-def summarize(rows: Sequence[dict[str, Any]], starts: dict[str, Start]) -> list[dict[str, Any]]:
-    """The rows of `scores.csv`: mean and sd over runs and draws, in [0, 1], of each method.
-
-    `minutes` are those of one training and of the pretraining that it needs.
-    """
-    cells: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["method"], starts[row["start"]].group, row["labels"])
-        cells.setdefault(key, []).append(row)
-    scores = []
-    for (method, group, count), members in cells.items():
-        score: dict[str, Any] = {"method": method, "start": group, "labels": count}
-        for name in ("accuracy", "macro_f1"):
-            values = [row[name] for row in members]
-            score[name] = float(np.mean(values))
-            score[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        spent = [row["seconds"] + starts[row["start"]].seconds for row in members]
-        score |= {"minutes": float(np.mean(spent)) / 60, "trainings": len(members)}
-        scores.append(score | {"runs": len({row["start"] for row in members})})
-    return scores
-
-
-def find_differences(
-    rows: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]], starts: dict[str, Start]
-) -> list[dict[str, Any]]:
-    """The rows of `differences.csv`: what each pretrained method has over its best opponent.
-
-    The opponent is the method without pretraining whose mean accuracy is the largest for so many
-    labels. Differences are paired: both on the same draws, the mean over the runs of a group in
-    each; the interval of 95 % is Student's over the draws, of the encoders that there are.
-    """
-    from scipy import stats
-
-    by_draw: dict[tuple[str, str, int], dict[int, list[float]]] = {}
-    for row in rows:
-        key = (row["method"], starts[row["start"]].group, row["labels"])
-        by_draw.setdefault(key, {}).setdefault(row["draw"], []).append(row["accuracy"])
-    plain = ("", "pixels")
-    found = []
-    for (method, group, count), mine in by_draw.items():
-        rivals = [s for s in scores if s["start"] in plain and s["labels"] == count]
-        if group in plain or not rivals:
-            continue
-        best = max(rivals, key=lambda score: score["accuracy"])
-        theirs = by_draw[best["method"], best["start"], count]
-        pairs = [np.mean(mine[draw]) - np.mean(theirs[draw]) for draw in mine.keys() & theirs.keys()]
-        row = {"method": method, "start": group, "labels": count, "draws": len(pairs)}
-        row |= {"opponent": method_name(best["method"], best["start"])}
-        row["difference"] = float(np.mean(pairs)) if pairs else None
-        if len(pairs) > 1:
-            half = stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1)
-            row |= {"low": row["difference"] - half, "high": row["difference"] + half}
-        found.append(row)
-    return found
-
-
-def method_name(method: str, start: str, transductive: bool = False) -> str:
-    """What a method is called in tables and figures; `start` is a group of runs, or `pixels`."""
-    about = METHODS[method]
-    seen = transductive and about.predict in (spread_labels, fixmatch)
-    where = f", {start}" if start else ""
-    return about.label + where + (" (transductive)" if seen else "")
-
-
-def make_tables(
-    scores: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], transductive: bool
-) -> str:
-    """The lines of `table.md`: accuracy, macro-F1, differences and minutes by number of labels."""
-
-    def percent(row: dict[str, Any], key: str) -> str:
-        deviation = row[f"{key}_sd"]
-        return f"{100 * row[key]:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
-
-    def difference(row: dict[str, Any]) -> str:
-        if row["difference"] is None:
-            return ""
-        interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if "low" in row else ""
-        return f"{100 * row['difference']:+.1f}{interval}"
-
-    parts = []
-    for title, rows, cell in (
-        ("accuracy in %, mean ± sd", scores, lambda row: percent(row, "accuracy")),
-        ("macro-F1 in %, mean ± sd", scores, lambda row: percent(row, "macro_f1")),
-        ("points of accuracy over the best without pretraining, 95 %", differences, difference),
-        ("minutes of a training, with its pretraining", scores, lambda s: f"{s['minutes']:.1f}"),
-    ):
-        counts = sorted({row["labels"] for row in rows})
-        lines: dict[str, dict[int, str]] = {}
-        for row in rows:
-            name = method_name(row["method"], row["start"], transductive)
-            lines.setdefault(name, {})[row["labels"]] = cell(row)
-        table = [[title, *(f"{count:,}" for count in counts)]]
-        table += [[name, *(cells.get(n, "") for n in counts)] for name, cells in lines.items()]
-        if lines:
-            parts.append("\n".join(compare.markdown_lines(table)))
-    return "\n\n".join(parts) + "\n"
-
-
-def plot_scores(
-    path: Path, scores: Sequence[dict[str, Any]], title: str, transductive: bool
-) -> None:
-    """Accuracy over the number of labels, with a band of ± sd: a panel per group of runs.
-
-    The first panel has the methods without pretraining; the best of them at each number is the
-    dashed line in the others.
-    """
-    plain = [score for score in scores if score["start"] in ("", "pixels")]
-    best: dict[int, float] = {}
-    for score in plain:
-        count = score["labels"]
-        best[count] = max(best.get(count, 0.0), 100 * score["accuracy"])
-    panels: dict[str, list[dict[str, Any]]] = {"without pretraining": plain} if plain else {}
-    for score in scores:
-        if score["start"] not in ("", "pixels"):
-            panels.setdefault(score["start"], []).append(score)
-    figure = functions.new_figure(max(6, 4.2 * len(panels)), 4.5)
-    figure.suptitle(functions.plain(title))
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (name, members) in zip(every, panels.items(), strict=True):
-        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for score in members:
-            lines.setdefault((score["method"], score["start"]), []).append(score)
-        for (method, start), points in lines.items():
-            points.sort(key=lambda score: score["labels"])
-            counts = [score["labels"] for score in points]
-            mean = np.array([100 * score["accuracy"] for score in points])
-            spread = np.array([100 * (score["accuracy_sd"] or 0.0) for score in points])
-            color, style = METHODS[method].color, ":" if start == "pixels" else "-"
-            label = method_name(method, start if start == "pixels" else "", transductive)
-            axes.plot(counts, mean, f"o{style}", color=color, label=label, markersize=4)
-            axes.fill_between(
-                counts, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0
+def prepare_features(folder: Path, start: Start, data: datasets.ImageData, config: Config) -> None:
+    """Write the features of a start, once for all trainings and processes."""
+    parts = (data.train, data.test)
+    if start.folder is None:
+        train, test = (datasets.to_float(part.images).flatten(1) for part in parts)  # (N, D)
+    else:
+        encoder = embed.load_encoder(start.folder, config.device)
+        train, test = (
+            functions.extract_features(
+                encoder.network, part.to(encoder.fabric.device), encoder.fabric
             )
-        if members is not plain and best:
-            rival = sorted(best.items())
-            label = "best without pretraining"
-            axes.plot(*zip(*rival, strict=True), "--", color="black", label=label, linewidth=1)
-        axes.set_xscale("log")
-        ticks = sorted({score["labels"] for score in scores})
-        axes.set_xticks(ticks, [f"{n // 1000}k" if n >= 1000 else str(n) for n in ticks])
-        axes.minorticks_off()
-        axes.set_title(functions.plain(name))
-        functions.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
-        axes.legend(frameon=False, loc="lower right", fontsize="small")
-    functions.save_figure(figure, path)
+            for part in parts
+        )
+    # All training images say how features are spread, however few have labels.
+    mean, std = functions.measure_features(train)
+    k = config.neighbours if "spreading" in config.method_names else 0
+    standardized = ((train - mean) / std, (test - mean) / std)
+    graphs.write_features(folder, *standardized, k, config.transductive)
 
 
-# ---------------------------------------------------------------------------------- the work
+class Trainer:
+    """Does a task, and keeps what several of them share; one per process."""
 
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.starts = config, read_starts(config.runs)
+        self.fabric = devices.make_fabric(config.device, config.precision)
+        self.data = load_data(config).to(self.fabric.device)
+        self.features = functools.lru_cache(maxsize=2)(
+            lambda start: graphs.read_features(features_folder(folder, start), self.fabric.device)
+        )
 
-def task_of(row: dict[str, Any]) -> Task:
-    """The task that a row of `few_labels.csv` is of."""
-    return Task(*(row[name] for name in Task._fields))
+    def __call__(self, task: Task) -> dict[str, Any]:
+        """The row of `few_labels.csv`."""
+        from sklearn.metrics import f1_score
 
+        config, data, method = self.config, self.data, METHODS[task.method]
+        began, seed = time.perf_counter(), config.seed + task.draw
+        drawn = (config.seed, task.draw)
+        chosen = draw_labels(data.train.labels, task.labels, drawn, config.draws)
+        chosen = chosen.to(self.fabric.device)
+        devices.seed_everything(seed)
+        encoder = features = None
+        if {"new", "encoder"} & set(method.start):
+            encoder = self.make_encoder(self.starts[task.start].folder)
+        else:
+            features = self.features(task.start)
+        images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
+        if config.transductive:
+            everything = torch.cat([images.images, test.images])
+            images = dataclasses.replace(images, images=everything, paths=None)
+        labels, classes = data.train.labels[chosen], len(data.classes)
+        given = Given(
+            images, test, chosen, labels, classes, encoder, features, seed, config, self.fabric
+        )
+        predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
+        row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
+        row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
+        return row | {"seconds": time.perf_counter() - began}
 
-def estimate(tasks: Sequence[Task], rows: Sequence[dict[str, Any]], workers: int) -> str:
-    """How long so many trainings take, by those that are done."""
-    spent: dict[tuple[str, bool, int], list[float]] = {}
-    for row in rows:
-        key = (row["method"], row["start"] == "pixels", row["labels"])
-        spent.setdefault(key, []).append(row["seconds"])
-    keys = [(task.method, task.start == "pixels", task.labels) for task in tasks]
-    seconds = sum(float(np.mean(spent[key])) for key in keys if key in spent) / workers
-    words = "about " if all(key in spent for key in keys) else "more than "
-    return words + progress.format_seconds(seconds)
+    def make_encoder(self, folder: Path | None) -> Any:
+        """The encoder of a finished run; without one a new encoder, like that of the first run."""
+        if folder is not None:
+            return embed.load_encoder(folder, self.config.device).network
+        shape = self.data.train.images.shape[1:3]
+        about: dict[str, Any] = {"encoder": "small", "stem": "cifar"}
+        if self.config.runs:
+            _, about = checkpoints.load_tensors(Path(self.config.runs[0]) / "encoder.safetensors")
+        width = about.get("width", 64)
+        return encoders.make_encoder(about["encoder"], about["stem"], *shape, width)
 
 
 def train_missing(
-    config: Config, folder: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]]
+    config: Config, folder: Path, tasks: Sequence[Task], rows: scores.Rows
 ) -> list[dict[str, Any]]:
     """Do the tasks that have no row yet, and add each row to `few_labels.csv` at once.
 
     Returns:
         The rows of all tasks, in their order.
     """
-    done = {task_of(row): row for row in rows}
+    done = {scores.task_of(row): row for row in rows}
     missing = [task for task in tasks if task not in done]
     make_trainer = functools.partial(Trainer, config, folder)
     for row in pool.run_tasks(make_trainer, missing, config.workers) if missing else ():
-        task = task_of(row)
+        task = scores.task_of(row)
         done[task] = row
         files.write_csv(folder / "few_labels.csv", done.values())
-        missing.remove(task)
+        missing = [other for other in missing if other != task]
         if row["seconds"] > 10 or len(missing) % 100 == 0:
-            what = f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw}"
-            left = f"{len(missing):,} left, {estimate(missing, [*done.values()], config.workers)}"
-            print(f"{what}: {row['accuracy']:.1%} in {row['seconds']:.0f} s; {left}")
+            time_left = scores.estimate_time(missing, [*done.values()], config.workers)
+            print(
+                f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw + 1}: "
+                f"{row['accuracy']:.1%} in {row['seconds']:.0f} s; {len(missing):,} left, {time_left}"
+            )
     return [done[task] for task in tasks]
 
 
-def use_data_of_runs(config: Config) -> Config:
+# ----------------------------------------------------------------------------- the results
+
+
+def name_line(task: Task, starts: dict[str, Start], transductive: bool) -> str:
+    """What a training's line is called in tables and figures."""
+    seen = transductive and task.method in ("spreading", "fixmatch")
+    group = starts[task.start].group
+    name = METHODS[task.method].label + (f", {group}" if group else "")
+    return name + (" (transductive)" if seen else "")
+
+
+def plot_scores(path: Path, rows: scores.Rows, styles: dict[str, Task], title: str) -> None:
+    """Accuracy over the number of labels, with a band of ± sd: a panel per group of runs.
+
+    The first panel has the methods without pretraining; the best of them at each number is the
+    dashed line in the others.
+
+    Args:
+        path: where the picture goes.
+        rows: of `scores.csv`.
+        styles: a task of each name, whose `start` is its panel.
+        title: of the figure.
+    """
+    panels: dict[str, list[str]] = {}
+    for name, task in styles.items():
+        plain = task.start in ("nothing", "pixels")
+        panels.setdefault("without pretraining" if plain else task.start, []).append(name)
+    best: dict[int, float] = {}
+    for row in rows:
+        if row["name"] in panels.get("without pretraining", ()):
+            best[row["labels"]] = max(best.get(row["labels"], 0.0), 100 * row["accuracy"])
+    figure = functions.new_figure(max(6, 4.2 * len(panels)), 4.5)
+    figure.suptitle(functions.plain(title))
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    ticks = sorted({row["labels"] for row in rows})
+    for axes, (panel, names) in zip(every, panels.items(), strict=True):
+        for name in names:
+            points = sorted((r["labels"], r) for r in rows if r["name"] == name)
+            counts = [count for count, _ in points]
+            mean = np.array([100 * row["accuracy"] for _, row in points])
+            spread = np.array([100 * (row["accuracy_sd"] or 0.0) for _, row in points])
+            method, style = METHODS[styles[name].method], "-"
+            if styles[name].start == "pixels":
+                style = ":"
+            label = functions.plain(name.replace(f", {panel}", ""))
+            axes.plot(counts, mean, f"o{style}", color=method.color, label=label, markersize=4)
+            low, high = mean - spread, mean + spread
+            axes.fill_between(counts, low, high, color=method.color, alpha=0.2, linewidth=0)
+        if best and panel != "without pretraining":
+            line = zip(*sorted(best.items()), strict=True)
+            axes.plot(*line, "--", color="black", label="best without pretraining", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{n // 1000}k" if n >= 1000 else str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.set_title(functions.plain(panel), fontsize="medium")
+        functions.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
+    functions.save_figure(figure, path)
+
+
+def write_results(
+    folder: Path, rows: list[dict[str, Any]], starts: dict[str, Start], title: str, config: Config
+) -> dict[str, Any]:
+    """Write the tables and the figure, print the tables, and return what `summary.json` gets."""
+    named = [
+        row | {"name": name_line(scores.task_of(row), starts, config.transductive)} for row in rows
+    ]
+    styles = {
+        row["name"]: scores.task_of(row)._replace(start=starts[row["start"]].group or "nothing")
+        for row in named
+    }
+    plain = {n for n, task in styles.items() if task.start in ("nothing", "pixels")}
+    means = scores.summarize(named, {name: start.seconds for name, start in starts.items()})
+    differences = scores.find_differences(named, means, frozenset(plain))
+    files.write_csv(folder / "scores.csv", means)
+    files.write_csv(folder / "differences.csv", differences)
+    tables = scores.make_tables(means, differences)
+    with files.atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(tables, encoding="utf-8")
+    print(tables)
+    plot_scores(folder / "few_labels.png", means, styles, title)
+    summary: dict[str, Any] = {}
+    for mean in means:
+        cells = summary.setdefault(f"accuracy of {mean['name']}", {})
+        cells[str(mean["labels"])] = mean["accuracy"]
+    summary["mean_accuracy"] = float(np.mean([mean["accuracy"] for mean in means]))
+    return summary | {"training_seconds": sum(row["seconds"] for row in rows)}
+
+
+def with_data_of_runs(config: Config) -> Config:
     """The settings with the data set of the runs, or FashionMNIST, where none is named.
 
     Raises:
         UserError: the runs are of several data sets.
     """
     records = [files.read_json(Path(folder) / "config.json") for folder in config.runs]
-    sets = {(str(r.get("dataset")), int(r.get("image_size", 32))) for r in records}
-    require(len(sets) <= 1, f"the runs are of several data sets: {', '.join(sorted(n for n, _ in sets))}")
-    dataset, size = next(iter(sets), ("fashion-mnist", config.image_size))
+    known = {(str(record.get("dataset")), record.get("image_size", 32)) for record in records}
+    names = ", ".join(sorted(name for name, _ in known))
+    require(len(known) <= 1 or bool(config.dataset), f"the runs are of several data sets: {names}")
+    dataset, size = next(iter(known), ("fashion-mnist", config.image_size))
     return dataclasses.replace(config, dataset=config.dataset or dataset, image_size=size)
 
 
@@ -783,54 +660,39 @@ def main(config: Config) -> dict[str, Any]:
         Diverged: a loss is not finite.
     """
     starts = read_starts(config.runs)
-    config = use_data_of_runs(config)
+    config = with_data_of_runs(config)
     whole = load_data(dataclasses.replace(config, evaluate_on="test"))
-    data = load_data(config)
+    prints = {whole.fingerprint(), whole.for_choosing().fingerprint(), None}
     for name, start in starts.items():
         if start.folder is not None:
-            known = files.read_json(start.folder / "config.json").get("data")
-            same = known in (None, whole.fingerprint(), whole.for_choosing().fingerprint())
-            require(same, f"{name} was trained on other images than those in {config.dataset} now")
+            seen = files.read_json(start.folder / "config.json").get("data")
+            require(seen in prints, f"{name} was trained on other images than {config.dataset} now")
+    data = load_data(config)
     tasks = list_tasks(config, starts, len(data.train))
-    require(bool(tasks), "nothing to compare: these --methods need runs, or fewer --labels")
+    require(bool(tasks), "there is nothing to train: these --methods need runs, or fewer --labels")
     with runs.open_run(config, whole.fingerprint(), FREE_ON_RESUME) as run:
         print(data)
+        what = "test images"
         if config.evaluate_on == "validation":
-            print("what are called test images are held-out training images")
-        kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(("method", "start"), str)
-        kinds |= dict.fromkeys(("labels", "draw"), int)
-        kinds |= dict.fromkeys(("accuracy", "macro_f1", "seconds"), files.finite)
+            what = "held-out training images"
+            print(f"what are called test images are {what}")
+        kinds: dict[str, Callable[[str], Any]] = {"method": str, "start": str, "labels": int}
+        kinds |= {"draw": int, "accuracy": float, "macro_f1": float, "seconds": float}
         rows = files.read_csv(run.folder / "few_labels.csv", kinds)
-        fabric = devices.make_fabric(config.device, config.precision)
-        prepared = {task.start for task in tasks} - {"nothing"}
-        missing = {task.start for task in set(tasks) - {task_of(row) for row in rows}}
-        for name in sorted(prepared & missing):
-            path = features_folder(run.folder, name)
-            if not (path / "done").exists():
-                print(f"features of {name}")
-                prepare_features(path, starts[name], data, config)
+        missing = set(tasks) - {scores.task_of(row) for row in rows}
+        print(
+            f"{len(missing):,} of {len(tasks):,} trainings are to do, "
+            f"{scores.estimate_time([*missing], rows, config.workers)}"
+        )
+        for name in sorted({task.start for task in missing} - {"nothing"}):
+            folder = features_folder(run.folder, name)
+            if not (folder / "train.npy").exists():
+                prepare_features(folder, starts[name], data, config)
         rows = train_missing(config, run.folder, tasks, rows)
-        shutil.rmtree(run.folder / "features", ignore_errors=True)  # gigabytes
-        scores = summarize(rows, starts)
-        differences = find_differences(rows, scores, starts)
-        files.write_csv(run.folder / "scores.csv", scores)
-        files.write_csv(run.folder / "differences.csv", differences)
-        tables = make_tables(scores, differences, config.transductive)
-        with files.atomic_file(run.folder / "table.md") as temporary:
-            temporary.write_text(tables, encoding="utf-8")
-        kind = "held-out training images" if config.evaluate_on == "validation" else "test images"
-        title = f"{len(data.test):,} {kind} of {data.name}, {config.draws} draws"
-        plot_scores(run.folder / "few_labels.png", scores, title, config.transductive)
-        summary: dict[str, Any] = {}
-        for score in scores:
-            name = method_name(score["method"], score["start"], config.transductive)
-            means = summary.setdefault(f"accuracy of {name}", {})
-            means[str(score["labels"])] = score["accuracy"]
-        summary["mean_accuracy"] = float(np.mean([score["accuracy"] for score in scores]))
-        summary["training_seconds"] = sum(row["seconds"] for row in rows)
-        summary = run.summarize(summary)
+        shutil.rmtree(run.folder / "features", ignore_errors=True)  # they are gigabytes
+        title = f"{len(data.test):,} {what} of {data.name}, {config.draws} draws"
+        summary = run.summarize(write_results(run.folder, rows, starts, title, config))
         report.write_report(run.folder, Config)
-        print(tables)
         runs.print_folder(run.folder)
     return summary
 
