@@ -107,9 +107,7 @@ class Config(settings.RunConfig, dataset=""):
             require(good, f"{settings.flag(name)} must be in [0, 1]")
         require(0 < self.alpha < 1, f"--alpha must be between 0 and 1, not {self.alpha}")
         unknown = set(self.method_names) - METHODS.keys()
-        require(
-            not unknown, f"--methods knows {','.join(METHODS)}, not {','.join(sorted(unknown))}"
-        )
+        require(not unknown, f"--methods knows {','.join(METHODS)}, not {self.methods!r}")
         self.label_counts(2)
 
     @property
@@ -216,7 +214,7 @@ def spread_labels(given: Given) -> Tensor:
     features, chosen = given.features, given.chosen.cpu().numpy()
     marks = F.one_hot(given.labels, given.classes).double().cpu().numpy()  # (n, K)
     spread = graphs.spread(features.graph, chosen, marks, given.config.alpha)  # (N, K)
-    if features.test_near is None:
+    if features.test_near is not None:
         spread = graphs.average_neighbours(spread, *features.test_near)  # (M, K)
     return torch.from_numpy(spread[-len(given.test) :].argmax(1))
 
@@ -300,12 +298,13 @@ def fixmatch(given: Given) -> Tensor:
         others = draw(len(split), (64 * config.unlabelled_ratio,))
         labelled = augment_weakly(split.images[given.chosen[known]], config, generator)
         unlabelled = split.images[others]
-        weak = augment_weakly(unlabelled, config, generator)
-        strong = augment_strongly(unlabelled, config, generator)
-        batch = torch.cat([datasets.to_float(labelled), datasets.to_float(weak), strong])
+        weakly = augment_weakly(unlabelled, config, generator)
+        strongly = augment_strongly(unlabelled, config, generator)
+        batch = torch.cat([datasets.to_float(torch.cat([labelled, weakly])), strongly])
         batch = split.normalize(batch).contiguous(memory_format=torch.channels_last)
-        parts = network(batch).split([64, len(others), len(others)])  # (64, K), (64 r, K) twice
-        loss = fixmatch_loss(parts[0], given.labels[known], *parts[1:], config.threshold)
+        sizes = [64, len(others), len(others)]
+        logits, weak, strong = network(batch).split(sizes)  # (64, K), (64 r, K), (64 r, K)
+        loss = fixmatch_loss(logits, given.labels[known], weak, strong, config.threshold)
         losses.add(loss)
         optimizer.zero_grad()
         given.fabric.backward(loss)
@@ -341,7 +340,7 @@ def augment_weakly(images: Tensor, config: Config, generator: torch.Generator) -
 
 
 def augment_strongly(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Two ops of RandAugment with the step's random strength, then Cutout (appendix E); in [0, 1]."""
+    """Two ops of RandAugment of one random strength, then Cutout (appendix E); in [0, 1]."""
     images = augment_weakly(images, config, generator)
     host = torch.Generator().manual_seed(generator.initial_seed())
     ops, negative = randaugment.draw_randaugment(len(images), 2, host)
@@ -418,8 +417,8 @@ def read_starts(folders: Sequence[str]) -> dict[str, Start]:
     for members in compare.group([*read.values()]):
         for run in members:
             seconds = float(run.summary.get("pretrain_seconds", 0))
-            changes = {"group": members[0].name, "seconds": seconds}
-            starts[run.name] = dataclasses.replace(starts[run.name], **changes)
+            old, group = starts[run.name], members[0].name
+            starts[run.name] = dataclasses.replace(old, group=group, seconds=seconds)
     return starts
 
 
@@ -460,10 +459,9 @@ def prepare_features(folder: Path, start: Start, data: datasets.ImageData, confi
         train, test = (datasets.to_float(part.images).flatten(1) for part in parts)  # (N, D)
     else:
         encoder = embed.load_encoder(start.folder, config.device)
+        fabric = encoder.fabric
         train, test = (
-            functions.extract_features(
-                encoder.network, part.to(encoder.fabric.device), encoder.fabric
-            )
+            functions.extract_features(encoder.network, part.to(fabric.device), fabric)
             for part in parts
         )
     # All training images say how features are spread, however few have labels.
@@ -516,12 +514,12 @@ class Trainer:
         """The encoder of a finished run; without one a new encoder, like that of the first run."""
         if folder is not None:
             return embed.load_encoder(folder, self.config.device).network
-        shape = self.data.train.images.shape[1:3]
+        channels, side = self.data.train.images.shape[1:3]
         about: dict[str, Any] = {"encoder": "small", "stem": "cifar"}
         if self.config.runs:
             _, about = checkpoints.load_tensors(Path(self.config.runs[0]) / "encoder.safetensors")
         width = about.get("width", 64)
-        return encoders.make_encoder(about["encoder"], about["stem"], *shape, width)
+        return encoders.make_encoder(about["encoder"], about["stem"], channels, side, width)
 
 
 def train_missing(

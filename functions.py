@@ -363,7 +363,7 @@ def few_label_accuracy(
     """
     mean, std = measure_features(train_features)
     train, test = ((features - mean) / std for features in (train_features, test_features))
-    labels, targets = train_labels.cpu().numpy(), test_labels.cpu().numpy()
+    labels, targets = train_labels.cpu().numpy(), test_labels.cpu()
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     count = min(labels_per_class, *map(len, classes))
     scores = []
@@ -372,9 +372,8 @@ def few_label_accuracy(
         chosen = np.concatenate([generator.permutation(images)[:count] for images in classes])
         known = torch.from_numpy(chosen).to(train.device)
         predictions = logistic_regression(train[known], train_labels[known], test)
-        scores.append(float((predictions.numpy() == targets).mean()))
-    deviation = float(np.std(scores, ddof=1))
-    mean = float(np.mean(scores))
+        scores.append(accuracy(predictions, targets))
+    mean, deviation = float(np.mean(scores)), float(np.std(scores, ddof=1))
     return {"labels_per_class": count, "mean": mean, "sd": deviation, "draws": draws}
 
 

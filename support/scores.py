@@ -87,8 +87,8 @@ def find_differences(rows: Rows, scores: Rows, rivals: frozenset[str]) -> list[d
             continue
         best = max(others, key=lambda score: score["accuracy"])["name"]
         theirs = by_draw[best, count]
-        draws = sorted(mine.keys() & theirs.keys())
-        gaps = [float(np.mean(mine[draw]) - np.mean(theirs[draw])) for draw in draws]
+        both = sorted(mine.keys() & theirs.keys())
+        gaps = [float(np.mean(mine[draw]) - np.mean(theirs[draw])) for draw in both]
         row = {"name": name, "labels": count, "opponent": best, "draws": len(gaps)}
         row |= {"difference": float(np.mean(gaps)), "low": None, "high": None}
         if len(gaps) > 1:
