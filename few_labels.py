@@ -540,10 +540,9 @@ def train_missing(
         missing = [other for other in missing if other != task]
         if row["seconds"] > 10 or len(missing) % 100 == 0:
             time_left = scores.estimate_time(missing, [*done.values()], config.workers)
-            print(
-                f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw + 1}: "
-                f"{row['accuracy']:.1%} in {row['seconds']:.0f} s; {len(missing):,} left, {time_left}"
-            )
+            what = f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw + 1}"
+            took = f"{row['accuracy']:.1%} in {row['seconds']:.0f} s"
+            print(f"{what}: {took}; {len(missing):,} left, {time_left}")
     return [done[task] for task in tasks]
 
 

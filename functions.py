@@ -361,8 +361,8 @@ def few_label_accuracy(
     Returns:
         `labels_per_class`, `mean` and `sd` of the accuracy in [0, 1], `draws`.
     """
-    mean, std = measure_features(train_features)
-    train, test = ((features - mean) / std for features in (train_features, test_features))
+    centre, spread = measure_features(train_features)
+    train, test = ((features - centre) / spread for features in (train_features, test_features))
     labels, targets = train_labels.cpu().numpy(), test_labels.cpu()
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     count = min(labels_per_class, *map(len, classes))
