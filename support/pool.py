@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
+import threadpoolctl
 import torch
 
 from support import runs
@@ -31,7 +32,9 @@ def begin_worker(workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow_parent, daemon=True).start()
     runs.show_lines_at_once()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)  # those of NumPy and SciPy
 
 
 def run_tasks(

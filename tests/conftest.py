@@ -3,6 +3,7 @@ import resource
 import signal
 
 import pytest
+import threadpoolctl
 import torch
 
 from support.errors import UserError
@@ -21,6 +22,7 @@ def ctrl_c():
 def one_thread():
     # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
     torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.semi_supervised import LabelSpreading
 import few_labels
 import functions
 import simsiam
-from support import graphs, pool, scores, settings
+from support import graphs, neighbours, pool, scores, settings
 from support.errors import UserError
 
 
@@ -76,8 +77,6 @@ def test_random_draws_are_nested_and_as_unbalanced_as_the_data():
 
 def small_graph(count=40, k=5):
     points = F.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(2)), dim=1)
-    from support import neighbours
-
     similarity, index = neighbours.find_nearest(points, points, k)
     return similarity.numpy(), index.numpy()
 
@@ -116,20 +115,13 @@ def test_spreading_agrees_with_scikit_learn():
     theirs = LabelSpreading(lambda a, b: w, alpha=0.8, max_iter=1000, tol=1e-9).fit(
         np.zeros((60, 1)), y
     )
-    found = graphs.spread(
-        graphs.normalized_graph(similarity, index), chosen, np.eye(2)[classes], 0.8
-    )
-    found *= (np.linalg.inv(np.eye(60) - 0.8 * normalized(w))[:, chosen] @ np.eye(2)[classes]).sum(
-        0
-    )
+    marks, graph = np.eye(2)[classes], graphs.normalized_graph(similarity, index)
+    found = graphs.spread(graph, chosen, marks, 0.8)
+    # Theirs lets a class have any mass.
+    found *= (np.linalg.inv(np.eye(60) - 0.8 * graph.toarray())[:, chosen] @ marks).sum(0)
     np.testing.assert_allclose(
         found / found.sum(1, keepdims=True), theirs.label_distributions_, atol=1e-4
     )
-
-
-def normalized(w):
-    d = np.diag(w.sum(1) ** -0.5)
-    return d @ w @ d
 
 
 def test_new_images_take_their_neighbours_scores():
@@ -248,7 +240,7 @@ def results(folder):
 
 
 def test_every_method_has_a_row_for_each_draw(finished):
-    config, summary, folder = finished
+    _, summary, folder = finished
     names = {
         "nothing": ["scratch", "tuned", "fixmatch"],
         "pixels": ["mean", "linear", "spreading"],
@@ -293,7 +285,7 @@ def test_runs_that_differ_in_their_seed_are_one_line(finished):
 
 
 def test_a_comparison_that_was_stopped_does_what_is_missing(finished, tmp_path, monkeypatch):
-    config, summary, folder = finished
+    config, _, folder = finished
     config = dataclasses.replace(config, output_dir=str(tmp_path), methods="scratch,linear,mlp")
     call, calls = few_labels.Trainer.__call__, []
 
@@ -313,7 +305,6 @@ def test_a_comparison_that_was_stopped_does_what_is_missing(finished, tmp_path, 
     mine = {task: row for task, row in everything.items() if task.method in "scratch linear mlp"}
     assert results(again) == mine
     assert len(calls) == len(mine) + 1
-    assert list(results(again)) != []
     few_labels.main(dataclasses.replace(config, resume=str(again), quick_draws=2))  # nothing to do
     assert len(calls) == len(mine) + 1
     assert results(again) == mine  # rows that were not asked for are kept
@@ -373,8 +364,6 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
             trainer(task)
         found.append(predictions)
     assert found[0] == found[1]
-    seen = trainer.data.train.images
-    assert len(seen) == 1437
 
 
 def test_transductive_methods_are_marked(pretrained, tmp_path):
@@ -487,7 +476,7 @@ def test_runs_that_do_not_fit_are_one_line(pretrained, tmp_path, user_error):
 
 
 def test_a_run_of_a_version_with_the_study_goes_on(pretrained, tmp_path):
-    record = json.loads((few_labels.Path(pretrained["a"]) / "config.json").read_text())
+    record = json.loads((Path(pretrained["a"]) / "config.json").read_text())
     record |= {"stages": "pretrain,probe,study", "labels": "10,all", "label_seeds": 5}
     (tmp_path / "config.json").write_text(json.dumps(record | {"label_steps": 2000}))
     config = settings.load_config(simsiam.Config, tmp_path)
