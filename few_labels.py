@@ -674,7 +674,12 @@ def main(config: Config) -> dict[str, Any]:
             what = "held-out training images"
             print(f"what are called test images are {what}")
         kinds: dict[str, Callable[[str], Any]] = {"method": str, "start": str, "labels": int}
-        kinds |= {"draw": int, "accuracy": float, "macro_f1": float, "seconds": float}
+        kinds |= {
+            "draw": int,
+            "accuracy": files.finite,
+            "macro_f1": files.finite,
+            "seconds": files.finite,
+        }
         rows = files.read_csv(run.folder / "few_labels.csv", kinds)
         missing = set(tasks) - {scores.task_of(row) for row in rows}
         print(
