@@ -5,10 +5,10 @@
 
 A row of the table is a run: `name`, `script`, `flags`. Self-supervised runs keep a tenth of the
 training images back (`--evaluate-on validation`) and are scored on them by linear probe and kNN;
-few_labels.py's by the mean over methods and numbers of labels; rnn.py's have validation images. What each run of `simclr.csv` gets goes into
-`simclr-scores.csv` beside it. A second call leaves out the runs that are finished and goes on with
-the one that was stopped, so a longer table takes the time of its new rows. Other flags, like
-`--dataset`, are given to all rows.
+few_labels.py's by the mean over methods and numbers of labels; rnn.py's have validation images.
+What each run of `simclr.csv` gets goes into `simclr-scores.csv` beside it. A second call leaves out
+the runs that are finished and goes on with the one that was stopped, so a longer table takes the
+time of its new rows. Other flags, like `--dataset`, are given to all rows.
 """
 
 import argparse
