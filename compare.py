@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import functions
-from support import files
+from support import files, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import FREE_ON_RESUME, Parser, value_before
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> list[Run]:
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.readline().strip().split(",")
     kinds: dict[str, Callable[[str], Any]] = {
-        name: str if name == "cell" else number_or_none for name in head
+        name: str if name in ("cell", "verdict") else number_or_none for name in head
     }
     rows = files.read_csv(path, kinds)
     require({"epoch"} <= set(head) and bool(rows), f"{path} is damaged: it holds no epochs")
@@ -272,12 +272,7 @@ def main(arguments: Sequence[str]) -> list[list[str]]:
     groups = group(runs)
     names = name_groups(groups)
     rows = make_table(groups, names)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for i, row in enumerate(rows):
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        print("| " + " | ".join(padded) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print("\n".join(scores.markdown_lines(rows)))
     for line in describe_differences(groups, names):
         print(line)
     plot_curves(groups, names, parsed.figure)

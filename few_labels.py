@@ -1,46 +1,144 @@
-"""The label-efficiency study: what a pretrained encoder buys when few images have labels."""
+"""What finished encoders buy when few images have labels, beside methods without pretraining.
+
+    python few_labels.py results/simsiam/A results/simclr/B      # finished runs of one data set
+    python few_labels.py --labels 10,100 --methods scratch,fixmatch    # FashionMNIST, no run
+    python few_labels.py --resume results/few_labels/NAME --workers 2  # trains what is missing only
+
+For each number of labels and each draw of them every method gets the same labelled images, and is
+tested on the same images, which it has not seen. Runs that differ in nothing but their seed are one
+method, mean ± sd over runs and draws. Writes a row per training to `few_labels.csv`, then
+`scores.csv`, `differences.csv`, `table.md` and `few_labels.png`.
+
+No method chooses anything by a draw: the settings below were chosen once, on held-out training
+images (`--evaluate-on validation`, docs/results/pilots/few_labels.csv), every training takes
+`--steps` steps, and its last weights count. So all drawn labels are there to train with.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import math
+import shutil
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import compare
 import functions
-from support import datasets, devices, encoders, files, supervised
-from support.pretraining import PretrainingConfig, crop_views
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    frozen,
+    graphs,
+    pool,
+    pretraining,
+    progress,
+    randaugment,
+    report,
+    runs,
+    scores,
+    settings,
+    supervised,
+)
+from support.errors import require
+from support.scores import Task
+from support.settings import setting
 
-# What the label-efficiency study compares: names in the table and in the figure, and colour.
-STUDY = {
-    "supervised": ("scratch", "from scratch, plain", "#AAAAAA"),
-    "supervised-tuned": ("scratch tuned", "from scratch, tuned", "#333333"),
-    "linear": ("frozen linear", "frozen encoder, linear", "#0077BB"),
-    "mlp": ("frozen MLP", "frozen encoder, MLP", "#009988"),
-    "finetuned": ("fine-tuned", "fine-tuned encoder", "#EE7733"),
-}
+
+@dataclass(frozen=True)
+class Config(settings.RunConfig, dataset=""):
+    """The settings of the comparison, and those of the methods."""
+
+    SCRIPT = "few_labels"
+
+    runs: tuple[str, ...] = setting((), "data", "finished run folders, all of one data set")
+    evaluate_on: Literal["test", "validation"] = setting(
+        "test", "data", "validation: a tenth of the training images, to choose settings by"
+    )
+    methods: str = setting("all", "comparison", "names with commas between them")
+    labels: str = setting(
+        "10,40,100,250,1000,4000,all", "comparison", "how many labels, of all classes together"
+    )
+    draws: Literal["balanced", "random"] = setting(
+        "balanced", "comparison", "labelled images: as many of each class, or as they come"
+    )
+    quick_draws: int = setting(20, "comparison", "draws for methods that take seconds")
+    slow_draws: int = setting(5, "comparison", "draws for methods that take minutes")
+    transductive: bool = setting(
+        False, "comparison", "the test images are among the unlabelled ones, too"
+    )
+    workers: int = setting(1, "run", "processes, each with its share of threads")
+
+    steps: int = setting(2000, "methods", "optimizer steps of each training")
+    crop_scale_min: float = setting(0.8, "methods", "smallest area of a training image's crop")
+    flip_probability: float = setting(0.5, "methods", "probability of a horizontal flip")
+    finetune_rate: float = setting(3e-4, "methods", "peak learning rate of fine-tuning")
+    penalty: float = setting(1.0, "methods", "of logistic regression, the 1 / C of scikit-learn")
+    neighbours: int = setting(10, "methods", "of each image in the graph of label spreading")
+    alpha: float = setting(0.99, "methods", "what label spreading takes from neighbours, of 1")
+    threshold: float = setting(0.95, "methods", "FixMatch's for a pseudo-label")
+    unlabelled_ratio: int = setting(7, "methods", "FixMatch's unlabelled images for a labelled one")
+    fixmatch_rate: float = setting(0.03, "methods", "FixMatch's peak learning rate")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("quick_draws", "slow_draws"):
+            require(getattr(self, name) >= 2, f"{settings.flag(name)} must be at least 2")
+        for name in ("workers", "steps", "neighbours", "unlabelled_ratio"):
+            require(getattr(self, name) >= 1, f"{settings.flag(name)} must be at least 1")
+        for name in ("crop_scale_min", "finetune_rate", "penalty", "fixmatch_rate"):
+            require(0 < getattr(self, name) < math.inf, f"{settings.flag(name)} must be positive")
+        require(self.crop_scale_min <= 1, "--crop-scale-min must be at most 1")
+        for name in ("flip_probability", "threshold"):
+            good = 0 <= getattr(self, name) <= 1
+            require(good, f"{settings.flag(name)} must be in [0, 1]")
+        require(0 < self.alpha < 1, f"--alpha must be between 0 and 1, not {self.alpha}")
+        unknown = set(self.method_names) - METHODS.keys()
+        require(not unknown, f"--methods knows {','.join(METHODS)}, not {self.methods!r}")
+        self.label_counts(2)
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The methods to compare."""
+        names = tuple(name.strip() for name in self.methods.split(","))
+        return tuple(METHODS) if names == ("all",) else names
+
+    def label_counts(self, images: int) -> list[int]:
+        """The numbers of labels, ascending; those above `images` are left out."""
+        parts = [part.strip() for part in self.labels.split(",")]
+        good = all(part == "all" or (part.isdecimal() and int(part) > 1) for part in parts)
+        require(good, f"--labels takes whole numbers from 2 and all, not {self.labels!r}")
+        counts = {images if part == "all" else int(part) for part in parts}
+        return sorted(count for count in counts if count <= images)
 
 
-# Both chosen on held-out training images of FashionMNIST with 100 and 1,000 labels: the views of
-# pretraining are too strong to learn few images by, and a higher rate forgets the encoder.
-STUDY_CROP_SCALE, FINETUNE_RATE = 0.8, 3e-4
+# What may differ when a comparison goes on: its rows stay what they are.
+FREE_ON_RESUME = frozenset({"runs", "methods", "labels", "quick_draws", "slow_draws", "workers"})
 
 
-def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Positions `(count,)` of labelled images: class-balanced, and nested for the same seed.
+def draw_labels(labels: Tensor, count: int, seed: Any, draws: str = "balanced") -> Tensor:
+    """Positions `(count,)` of labelled images, nested for the same seed.
 
-    The first K are one image of each of the K classes, the next K another one, and so on; a class
-    that has no more images is passed over.
+    Balanced, the first K are one image of each of the K classes, the next K another one, and so on;
+    a class that has no more images is passed over. Random, all images are alike.
     """
     generator = np.random.default_rng(seed)
     values = labels.cpu().numpy()
+    if draws == "random":
+        return torch.from_numpy(generator.permutation(len(values))[:count])
     classes = generator.permutation(np.unique(values))
     turns = [
         (rank, place, image)
@@ -50,214 +148,556 @@ def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.tensor([int(image) for _, _, image in sorted(turns)[:count]])
 
 
-def study_stage(
-    model: Any,
-    data: datasets.ImageData,
-    config: PretrainingConfig,
-    folder: Path,
-    fabric: Any,
-) -> dict[str, Any]:
-    """Label-efficiency study: what the encoder buys when few training images have labels.
+# ------------------------------------------------------------------------------- the methods
 
-    For each number of labels and each draw of them, five classifiers with the same architecture of
-    encoder: trained from scratch plainly (Adam 1e-3, no augmentation) or tuned (mild crops and
-    flips, AdamW, the epoch with the lowest loss on a tenth of the labelled images), a linear layer
-    and a one-hidden-layer MLP on the frozen encoder, and the encoder fine-tuned like the tuned one
-    at a lower rate. All take `config.label_steps` steps, rounded up to whole epochs, with a cosine
-    schedule. Writes `label_efficiency.csv` (a row per training; an interrupted study goes on from
-    it) and `label_efficiency.png`.
+
+@dataclass(frozen=True)
+class Given:
+    """What a method gets: images without labels, and the labels of the drawn ones alone.
+
+    Args:
+        images: the unlabelled images: all training images, with `--transductive` then the test
+            images.
+        test: the images to classify, without labels.
+        chosen: `(n,)`, the positions of the labelled images among the unlabelled ones.
+        labels: `(n,)`, their classes.
+        classes: K.
+        encoder: a finished one, or a new one to train from scratch; it is the method's own.
+        features: of a finished encoder, or the pixels; None for methods that train an encoder.
+        seed: of the training.
+        config: the settings.
+        fabric: Lightning Fabric.
+    """
+
+    images: datasets.Split
+    test: datasets.Split
+    chosen: Tensor
+    labels: Tensor
+    classes: int
+    encoder: Any
+    features: Any
+    seed: int
+    config: Config
+    fabric: Any
+
+
+def nearest_mean(given: Given) -> Tensor:
+    """The class whose labelled images' mean is the nearest."""
+    known = given.features.train[given.chosen]  # (n, D)
+    present = given.labels.unique()
+    means = torch.stack([known[given.labels == label].mean(0) for label in present])  # (K, D)
+    return present[torch.cdist(given.features.test, means).argmin(1)]
+
+
+def logistic_regression(given: Given) -> Tensor:
+    """A linear layer with an L2 penalty, to convergence."""
+    known = given.features.train[given.chosen]
+    test, penalty = given.features.test, given.config.penalty
+    return functions.logistic_regression(known, given.labels, test, penalty)
+
+
+def train_mlp(given: Given) -> Tensor:
+    """One hidden layer of 512 units with BatchNorm."""
+    width = given.features.train.shape[1]
+    hidden = (nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU())
+    classifier = nn.Sequential(*hidden, nn.Linear(512, given.classes))
+    train(given, classifier, given.features.train[given.chosen], lambda batch, generator: batch)
+    with functions.evaluating(classifier):
+        return classifier(given.features.test).argmax(1)
+
+
+def spread_labels(given: Given) -> Tensor:
+    """Label spreading over the graph of nearest neighbours of all images (Zhou et al. 2003).
+
+    A test image gets the mean of its neighbours' labels, weighted as the graph's edges are.
+    """
+    features, chosen = given.features, given.chosen.cpu().numpy()
+    marks = F.one_hot(given.labels, given.classes).double().cpu().numpy()  # (n, K)
+    spread = graphs.spread(features.graph, chosen, marks, given.config.alpha)  # (N, K)
+    if features.test_near is not None:
+        spread = graphs.average_neighbours(spread, *features.test_near)  # (M, K)
+    return torch.from_numpy(spread[-len(given.test) :].argmax(1))
+
+
+def train_plainly(given: Given) -> Tensor:
+    """A new encoder, Adam 1e-3, no augmentation."""
+    return train_encoder(given, 1e-3, decay=0, augmented=False)
+
+
+def train_tuned(given: Given) -> Tensor:
+    """A new encoder, AdamW 1e-3, mild crops and flips: pretraining's are too strong for few."""
+    return train_encoder(given, 1e-3)
+
+
+def finetune(given: Given) -> Tensor:
+    """The finished encoder, trained as `train_tuned` does at a lower rate, which forgets less."""
+    return train_encoder(given, given.config.finetune_rate)
+
+
+def train_encoder(given: Given, rate: float, decay: float = 0.01, augmented: bool = True) -> Tensor:
+    """Train the encoder with a linear layer, and return the classes of the test images."""
+    config, split = given.config, given.images
+
+    def prepare(batch: Tensor, generator: torch.Generator) -> Tensor:
+        if augmented:
+            scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
+            batch = datasets.to_float(batch)
+            batch = augment.random_resized_crop(batch, scale=scale, flip=flip, generator=generator)
+        return split.normalize(batch).contiguous(memory_format=torch.channels_last)
+
+    classifier = add_linear_layer(given)
+    train(given, classifier, split.images[given.chosen], prepare, rate, decay)
+    return functions.extract_features(classifier, given.test, given.fabric).argmax(1)
+
+
+def add_linear_layer(given: Given) -> nn.Module:
+    """The encoder with a new linear layer, on the device to compute on."""
+    layer = nn.Linear(given.encoder.num_features, given.classes)
+    classifier = nn.Sequential(given.encoder, layer).to(given.fabric.device)
+    return classifier.to(memory_format=torch.channels_last)
+
+
+def train(
+    given: Given,
+    classifier: nn.Module,
+    inputs: Tensor,
+    prepare: Callable[[Tensor, torch.Generator], Tensor],
+    rate: float = 1e-3,
+    decay: float = 0.01,
+) -> None:
+    """AdamW, cosine, batches of 256, for `--steps` steps rounded up to whole epochs."""
+    optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=decay, fused=True)
+    epochs = math.ceil(given.config.steps / (len(inputs) // min(256, len(inputs))))
+    parts = (inputs, given.labels, prepare, epochs, given.seed, given.fabric)
+    for _ in supervised.train_classifier(classifier, optimizer, *parts):
+        pass
+
+
+def fixmatch(given: Given) -> Tensor:
+    """FixMatch (Sohn et al. 2020, https://arxiv.org/abs/2001.07685), algorithm 1.
+
+    64 labelled images a step and `--unlabelled-ratio` times as many others; SGD with Nesterov's
+    momentum. With so few steps the rate falls to 0, where the paper averages the weights instead.
+    """
+    config, split, device = given.config, given.images, given.fabric.device
+    classifier = add_linear_layer(given)
+    rate = config.fixmatch_rate
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), rate, 0.9, weight_decay=5e-4, nesterov=True, fused=True
+    )
+    network, stepper = given.fabric.setup(classifier, optimizer)
+    losses = progress.EpochLoss(config.steps, 1, device)
+    classifier.train()
+    for step in range(config.steps):
+        generator = devices.epoch_generator(given.seed, step, device, stream=5)
+        optimizer.param_groups[0]["lr"] = progress.scheduled_rate(
+            rate, step, config.steps, 0, "cosine"
+        )
+        draw = functools.partial(torch.randint, generator=generator, device=device)
+        known = draw(len(given.chosen), (64,))
+        others = draw(len(split), (64 * config.unlabelled_ratio,))
+        labelled = augment_weakly(split.images[given.chosen[known]], config, generator)
+        unlabelled = split.images[others]
+        weakly = augment_weakly(unlabelled, config, generator)
+        strongly = augment_strongly(unlabelled, config, generator)
+        batch = torch.cat([datasets.to_float(torch.cat([labelled, weakly])), strongly])
+        batch = split.normalize(batch).contiguous(memory_format=torch.channels_last)
+        sizes = [64, len(others), len(others)]
+        logits, weak, strong = network(batch).split(sizes)  # (64, K), (64 r, K), (64 r, K)
+        loss = fixmatch_loss(logits, given.labels[known], weak, strong, config.threshold)
+        losses.add(loss)
+        optimizer.zero_grad()
+        given.fabric.backward(loss)
+        stepper.step()
+    losses.mean()
+    checkpoints.check_finite(1, classifier, optimizer)
+    return functions.extract_features(classifier, given.test, given.fabric).argmax(1)
+
+
+def fixmatch_loss(
+    logits: Tensor, labels: Tensor, weak: Tensor, strong: Tensor, threshold: float
+) -> Tensor:
+    """Cross-entropy on the labelled images and, where it is sure, on its own guess of the others.
+
+    Equations 3 and 4 with weight 1.
+
+    Args:
+        logits: `(n, K)`, of the labelled images.
+        labels: `(n,)`.
+        weak: `(m, K)`, logits of the weakly augmented others; no gradient flows through them.
+        strong: `(m, K)`, logits of the strongly augmented ones.
+        threshold: probability, in [0, 1], from which on a guess counts.
+    """
+    confidence, guess = weak.detach().softmax(1).max(1)  # (m,)
+    unlabelled = F.cross_entropy(strong, guess, reduction="none") * (confidence >= threshold)
+    return F.cross_entropy(logits, labels) + unlabelled.mean()
+
+
+def augment_weakly(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Flip and shift by up to an eighth of the side; images `(B, C, H, W)`, uint8."""
+    images = augment.random_horizontal_flip(images, config.flip_probability, generator)
+    return augment.random_shift(images, images.shape[2] // 8, generator)
+
+
+def augment_strongly(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Two ops of RandAugment of one random strength, then Cutout (appendix E); in [0, 1]."""
+    images = augment_weakly(images, config, generator)
+    host = torch.Generator().manual_seed(generator.initial_seed())
+    ops, negative = randaugment.draw_randaugment(len(images), 2, host)
+    magnitude = int(torch.randint(1, 11, (), generator=host))
+    images = datasets.to_float(randaugment.rand_augment(images, ops, negative, magnitude))
+    return augment.random_cutout(images, images.shape[2] // 2, generator)
+
+
+class Method(NamedTuple):
+    """A row of the table: its name there, its colour, and what it starts from.
+
+    `start` is `pixels`, a finished encoder's `features`, that `encoder` itself, or a `new` one.
+    `slow` ones take minutes; `exact` ones have no randomness of their own.
+    """
+
+    label: str
+    color: str
+    start: tuple[str, ...]
+    predict: Callable[[Given], Tensor]
+    slow: bool = False
+    exact: bool = False
+
+
+METHODS = {
+    "scratch": Method("from scratch, plain", "#AAAAAA", ("new",), train_plainly, slow=True),
+    "tuned": Method("from scratch, tuned", "#333333", ("new",), train_tuned, slow=True),
+    "fixmatch": Method("FixMatch", "#CC3311", ("new", "encoder"), fixmatch, slow=True),
+    "mean": Method("nearest mean", "#CCBB44", ("pixels", "features"), nearest_mean, exact=True),
+    "linear": Method(
+        "logistic regression", "#0077BB", ("pixels", "features"), logistic_regression, exact=True
+    ),
+    "mlp": Method("MLP", "#009988", ("features",), train_mlp),
+    "spreading": Method(
+        "label spreading", "#AA3377", ("pixels", "features"), spread_labels, exact=True
+    ),
+    "finetune": Method("fine-tuned", "#EE7733", ("encoder",), finetune, slow=True),
+}
+
+
+# ---------------------------------------------------------------------------- the trainings
+
+
+@dataclass(frozen=True)
+class Start:
+    """What methods start from: a finished run in a `folder`, the pixels, or nothing.
+
+    Runs that differ in nothing but their seed have one `group`. `seconds` are the pretraining's.
+    """
+
+    group: str
+    kinds: tuple[str, ...]
+    seconds: float = 0.0
+    folder: Path | None = None
+
+
+def read_starts(folders: Sequence[str]) -> dict[str, Start]:
+    """What there is to start from, by name.
+
+    Raises:
+        UserError: a folder that holds no finished run, or one that is given twice.
+    """
+    starts = {"nothing": Start("", ("new",)), "pixels": Start("pixels", ("pixels",))}
+    read: dict[str, compare.Run] = {}
+    for folder in folders:
+        run = compare.read_run(Path(folder))[0]
+        name = f"{run.script}/{Path(folder).resolve().name}"
+        has_encoder = (Path(folder) / "encoder.safetensors").exists()
+        require(has_encoder, f"{folder} has no encoder.safetensors: it pretrained no encoder")
+        require(name not in read, f"{name} is given twice")
+        # Runs that were evaluated in other ways are no others.
+        known = {k: v for k, v in run.settings.items() if k not in pretraining.EVALUATION}
+        read[name] = dataclasses.replace(run, name=name, settings=known)
+        starts[name] = Start("", ("features", "encoder"), folder=Path(folder))
+    for members in compare.group([*read.values()]):
+        for run in members:
+            seconds = float(run.summary.get("pretrain_seconds", 0))
+            old, group = starts[run.name], members[0].name
+            starts[run.name] = dataclasses.replace(old, group=group, seconds=seconds)
+    return starts
+
+
+def list_tasks(config: Config, starts: dict[str, Start], images: int) -> list[Task]:
+    """All trainings, the first draw of everything first."""
+    tasks = []
+    for draw in range(max(config.quick_draws, config.slow_draws)):
+        for count in config.label_counts(images):
+            for name, start in starts.items():
+                for key in config.method_names:
+                    method = METHODS[key]
+                    draws = config.slow_draws if method.slow else config.quick_draws
+                    if method.exact and count == images:  # there is one draw of all images
+                        draws = 1
+                    if draw < draws and set(method.start) & set(start.kinds):
+                        tasks.append(Task(key, name, count, draw))
+    return tasks
+
+
+def load_data(config: Config) -> datasets.ImageData:
+    """The data set, for choosing settings without its test images."""
+    data = functions.load_images(
+        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
+    )
+    require(bool(data.classes), f"{data.name} has no labels")
+    return data.for_choosing() if config.evaluate_on == "validation" else data
+
+
+def features_folder(folder: Path, start: str) -> Path:
+    """Where the features of a start are kept until the comparison is finished."""
+    return folder / "features" / start.replace("/", "-")
+
+
+def prepare_features(folder: Path, start: Start, data: datasets.ImageData, config: Config) -> None:
+    """Write the features of a start, once for all trainings and processes."""
+    parts = (data.train, data.test)
+    if start.folder is None:
+        train, test = (datasets.to_float(part.images).flatten(1) for part in parts)  # (N, D)
+    else:
+        encoder = frozen.load_encoder(start.folder, config.device)
+        fabric = encoder.fabric
+        train, test = (
+            functions.extract_features(encoder.network, part.to(fabric.device), fabric)
+            for part in parts
+        )
+    # All training images say how features are spread, however few have labels.
+    mean, std = functions.measure_features(train)
+    k = config.neighbours if "spreading" in config.method_names else 0
+    standardized = ((train - mean) / std, (test - mean) / std)
+    graphs.write_features(folder, *standardized, k, config.transductive)
+
+
+class Trainer:
+    """Does a task, and keeps what several of them share; one per process."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.starts = config, read_starts(config.runs)
+        self.fabric = devices.make_fabric(config.device, config.precision)
+        self.data = load_data(config).to(self.fabric.device)
+        self.features = functools.lru_cache(maxsize=2)(
+            lambda start: graphs.read_features(features_folder(folder, start), self.fabric.device)
+        )
+
+    def __call__(self, task: Task) -> dict[str, Any]:
+        """The row of `few_labels.csv`."""
+        from sklearn.metrics import f1_score
+
+        config, data, method = self.config, self.data, METHODS[task.method]
+        began, seed = time.perf_counter(), config.seed + task.draw
+        drawn = (config.seed, task.draw)
+        chosen = draw_labels(data.train.labels, task.labels, drawn, config.draws)
+        chosen = chosen.to(self.fabric.device)
+        devices.seed_everything(seed)
+        encoder = features = None
+        if {"new", "encoder"} & set(method.start):
+            encoder = self.make_encoder(self.starts[task.start].folder)
+        else:
+            features = self.features(task.start)
+        images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
+        if config.transductive:
+            everything = torch.cat([images.images, test.images])
+            images = dataclasses.replace(images, images=everything, paths=None)
+        labels, classes = data.train.labels[chosen], len(data.classes)
+        given = Given(
+            images, test, chosen, labels, classes, encoder, features, seed, config, self.fabric
+        )
+        predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
+        row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
+        row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
+        return row | {"seconds": time.perf_counter() - began}
+
+    def make_encoder(self, folder: Path | None) -> Any:
+        """The encoder of a finished run; without one a new encoder, like that of the first run."""
+        if folder is not None:
+            return frozen.load_encoder(folder, self.config.device).network
+        channels, side = self.data.train.images.shape[1:3]
+        about: dict[str, Any] = {"encoder": "small", "stem": "cifar"}
+        if self.config.runs:
+            _, about = checkpoints.load_tensors(Path(self.config.runs[0]) / "encoder.safetensors")
+        width = about.get("width", 64)
+        return encoders.make_encoder(about["encoder"], about["stem"], channels, side, width)
+
+
+def train_missing(
+    config: Config, folder: Path, tasks: Sequence[Task], rows: scores.Rows
+) -> list[dict[str, Any]]:
+    """Do the tasks that have no row yet, and add each row to `few_labels.csv` at once.
 
     Returns:
-        `label_efficiency`: method, then number of labels, then `accuracy`, `accuracy_sd`,
-        `macro_f1` and `macro_f1_sd` over the draws, on the test images, in [0, 1].
+        The rows of all tasks, in their order.
     """
-    from sklearn.metrics import f1_score
-
-    path = folder / "label_efficiency.csv"
-    whole = {"labels": int, "seed": int, "steps": int}
-    rows = files.read_csv(
-        path,
-        {
-            **whole,
-            "method": str,
-            "accuracy": float,
-            "macro_f1": float,
-            "seconds": float,
-        },
-    )
-    done = {tuple(row[name] for name in (*whole, "method")) for row in rows}
-    counts = config.label_counts(len(data.train))
-    study = Study(model.encoder, data, config, fabric)
-    if any(part.strip() != "all" and int(part) > max(counts) for part in config.labels.split(",")):
-        images = f"{len(data.train):,} training images"
-        print(f"some of the --labels {config.labels} are left out: there are only {images}")
-    print(f"macro-F1 in %, mean ± sd over {config.label_seeds} draws of the labelled images")
-    print("labels" + "".join(f"{short:>14}" for short, _, _ in STUDY.values()))
-    for count in counts:
-        for seed in range(config.label_seeds):
-            chosen = draw_labels(data.train.labels, count, seed).to(data.train.images.device)
-            for method in STUDY:
-                if (count, seed, config.label_steps, method) in done:
-                    continue
-                began = time.perf_counter()
-                predictions = study.predict(method, chosen, seed).cpu()
-                truth = data.test.labels.cpu()
-                row: dict[str, Any] = {"labels": count, "seed": seed, "steps": config.label_steps}
-                row |= {"method": method, "accuracy": functions.accuracy(predictions, truth)}
-                row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
-                rows.append({**row, "seconds": time.perf_counter() - began})
-                files.write_csv(path, rows)
-        print(_study_line(rows, count, config))
-    table = {
-        method: {str(count): _study_mean(rows, method, count, config) for count in counts}
-        for method in STUDY
-    }
-    title = f"{len(data.test):,} test images of {data.name}, {config.label_seeds} draws"
-    plot_label_efficiency(folder / "label_efficiency.png", table, title)
-    return {"label_efficiency": table}
+    done = {scores.task_of(row): row for row in rows}
+    missing = [task for task in tasks if task not in done]
+    make_trainer = functools.partial(Trainer, config, folder)
+    for row in pool.run_tasks(make_trainer, missing, config.workers) if missing else ():
+        task = scores.task_of(row)
+        done[task] = row
+        files.write_csv(folder / "few_labels.csv", done.values())
+        missing = [other for other in missing if other != task]
+        if row["seconds"] > 10 or len(missing) % 100 == 0:
+            time_left = scores.estimate_time(missing, [*done.values()], config.workers)
+            what = f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw + 1}"
+            took = f"{row['accuracy']:.1%} in {row['seconds']:.0f} s"
+            print(f"{what}: {took}; {len(missing):,} left, {time_left}")
+    return [done[task] for task in tasks]
 
 
-def _study_mean(
-    rows: list[dict[str, Any]], method: str, count: int, config: PretrainingConfig
-) -> dict[str, float]:
-    key = (method, count, config.label_steps)
-    these = [
-        row
-        for row in rows
-        if (row["method"], row["labels"], row["steps"]) == key and row["seed"] < config.label_seeds
-    ]
-    result: dict[str, float] = {}
-    for name in ("accuracy", "macro_f1"):
-        values = [row[name] for row in these]
-        result |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values, ddof=1))}
-    return result
+# ----------------------------------------------------------------------------- the results
 
 
-def _study_line(rows: list[dict[str, Any]], count: int, config: PretrainingConfig) -> str:
-    means = [_study_mean(rows, method, count, config) for method in STUDY]
-    cells = [f"{100 * mean['macro_f1']:.1f} ± {100 * mean['macro_f1_sd']:.1f}" for mean in means]
-    return f"{count:6,}" + "".join(f"{cell:>14}" for cell in cells)
+def name_line(task: Task, starts: dict[str, Start], transductive: bool) -> str:
+    """What a training's line is called in tables and figures."""
+    seen = transductive and task.method in ("spreading", "fixmatch")
+    group = starts[task.start].group
+    name = METHODS[task.method].label + (f", {group}" if group else "")
+    return name + (" (transductive)" if seen else "")
 
 
-class Study:
-    """The trainings of `study_stage`, on the data and features that they share."""
+def plot_scores(path: Path, rows: scores.Rows, styles: dict[str, Task], title: str) -> None:
+    """Accuracy over the number of labels, with a band of ± sd: a panel per group of runs.
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        data: datasets.ImageData,
-        config: PretrainingConfig,
-        fabric: Any,
-    ):
-        self.encoder: Any = encoder
-        self.data, self.fabric = data, fabric
-        self.config = dataclasses.replace(config, crop_scale_min=STUDY_CROP_SCALE)
-        self.train, self.test = (
-            functions.extract_features(encoder, split, fabric) for split in (data.train, data.test)
-        )
-        # The unlabelled training images say how features are spread, whatever the labels' number.
-        spread, centre = torch.std_mean(self.train, 0)
-        self.train, self.test = (
-            (features - centre) / spread.clamp(min=1e-6) for features in (self.train, self.test)
-        )
+    The first panel has the methods without pretraining; the best of them at each number is the
+    dashed line in the others.
 
-    def predict(self, method: str, chosen: Tensor, seed: int) -> Tensor:
-        """Classes `(N,)` of the test images after training on the labelled images `chosen`."""
-        devices.seed_everything(seed)
-        classes = len(self.data.classes)
-        if method in ("linear", "mlp"):
-            inputs, width = self.train, self.train.shape[1]
-            hidden = (nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU())
-            classifier = nn.Sequential(
-                *(hidden if method == "mlp" else ()),
-                nn.Linear(512 if method == "mlp" else width, classes),
-            )
-        else:
-            inputs = self.data.train.images
-            channels, height = inputs.shape[1:3]
-            if method == "finetuned":
-                encoder = copy.deepcopy(self.encoder)
-            else:
-                config = self.config
-                encoder = encoders.make_encoder(
-                    config.encoder, config.stem, channels, height, config.width
-                )
-            classifier = nn.Sequential(encoder, nn.Linear(encoder.num_features, classes))
-        classifier = classifier.to(inputs.device).to(memory_format=torch.channels_last)
-        decay = 0.0 if method == "supervised" else 0.01
-        rate = FINETUNE_RATE if method == "finetuned" else 1e-3
-        optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=decay, fused=True)
-        fit = chosen
-        held_out = chosen[:0]
-        if method in ("supervised-tuned", "finetuned"):
-            fit, held_out = self._split(chosen)
-        self._fit(method, classifier, optimizer, inputs, fit, held_out, seed)
-        if method in ("linear", "mlp"):
-            with functions.evaluating(classifier):
-                return classifier(self.test).argmax(1)
-        return functions.extract_features(classifier, self.data.test, self.fabric).argmax(1)
-
-    def _split(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """A tenth of each class's labelled images for choosing the epoch; none below ten."""
-        labels = self.data.train.labels[chosen]
-        held_out = torch.zeros_like(labels, dtype=torch.bool)
-        for label in labels.unique():
-            places = (labels == label).nonzero()[:, 0]
-            held_out[places[len(places) - len(places) // 10 :]] = True
-        return chosen[~held_out], chosen[held_out]
-
-    def _fit(
-        self,
-        method: str,
-        classifier: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        inputs: Tensor,
-        chosen: Tensor,
-        held_out: Tensor,
-        seed: int,
-    ) -> None:
-        """Train; with held-out images keep the weights with the lowest loss on them."""
-
-        def prepare(batch: Tensor, generator: torch.Generator) -> Tensor:
-            if method in ("linear", "mlp"):
-                return batch
-            if method != "supervised":
-                batch = crop_views(batch, self.config, generator, crop_only=True)
-            return self.data.train.normalize(batch).contiguous(memory_format=torch.channels_last)
-
-        labels = self.data.train.labels
-        batch = min(256, len(chosen))
-        epochs = math.ceil(self.config.label_steps / (len(chosen) // batch))
-        best, best_loss = None, math.inf
-        parts = (inputs[chosen], labels[chosen], prepare, epochs, seed, self.fabric)
-        for row in supervised.train_classifier(classifier, optimizer, *parts):
-            if len(held_out) and row["epoch"] % math.ceil(epochs / 20) == 0:
-                split = self.data.train.select(held_out)
-                logits = functions.extract_features(classifier, split, self.fabric)
-                loss = F.cross_entropy(logits, labels[held_out]).item()
-                if loss < best_loss:
-                    best, best_loss = copy.deepcopy(classifier.state_dict()), loss
-        if best is not None:
-            classifier.load_state_dict(best)
-
-
-def plot_label_efficiency(
-    path: Path, table: dict[str, dict[str, dict[str, float]]], title: str
-) -> None:
-    """Macro-F1 over the number of labels, a line per method of `STUDY` with its deviation."""
-    figure = functions.new_figure(7, 4.5)
-    axes = figure.subplots()
-    for method, values in table.items():
-        _, name, color = STUDY[method]
-        counts = [int(count) for count in values]
-        mean = 100 * np.array([value["macro_f1"] for value in values.values()])
-        spread = 100 * np.array([value["macro_f1_sd"] for value in values.values()])
-        axes.plot(counts, mean, "o-", color=color, label=name, markersize=4, linewidth=1.5)
-        axes.fill_between(counts, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.minorticks_off()
-    axes.set_title(title)
-    functions.style_axes(axes, "labelled training images", "macro-F1 (%), mean ± sd")
-    axes.legend(frameon=False, loc="lower right")
+    Args:
+        path: where the picture goes.
+        rows: of `scores.csv`.
+        styles: a task of each name, whose `start` is its panel.
+        title: of the figure.
+    """
+    panels: dict[str, list[str]] = {}
+    for name, task in styles.items():
+        plain = task.start in ("nothing", "pixels")
+        panels.setdefault("without pretraining" if plain else task.start, []).append(name)
+    best: dict[int, float] = {}
+    for row in rows:
+        if row["name"] in panels.get("without pretraining", ()):
+            best[row["labels"]] = max(best.get(row["labels"], 0.0), 100 * row["accuracy"])
+    figure = functions.new_figure(max(6, 4.2 * len(panels)), 4.5)
+    figure.suptitle(functions.plain(title))
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    ticks = sorted({row["labels"] for row in rows})
+    for axes, (panel, names) in zip(every, panels.items(), strict=True):
+        for name in names:
+            points = sorted((r["labels"], r) for r in rows if r["name"] == name)
+            counts = [count for count, _ in points]
+            mean = np.array([100 * row["accuracy"] for _, row in points])
+            spread = np.array([100 * (row["accuracy_sd"] or 0.0) for _, row in points])
+            method, style = METHODS[styles[name].method], "-"
+            if styles[name].start == "pixels":
+                style = ":"
+            label = functions.plain(name.replace(f", {panel}", ""))
+            axes.plot(counts, mean, f"o{style}", color=method.color, label=label, markersize=4)
+            low, high = mean - spread, mean + spread
+            axes.fill_between(counts, low, high, color=method.color, alpha=0.2, linewidth=0)
+        if best and panel != "without pretraining":
+            line = zip(*sorted(best.items()), strict=True)
+            axes.plot(*line, "--", color="black", label="best without pretraining", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{n // 1000}k" if n >= 1000 else str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.set_title(functions.plain(panel), fontsize="medium")
+        functions.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
     functions.save_figure(figure, path)
+
+
+def write_results(
+    folder: Path, rows: list[dict[str, Any]], starts: dict[str, Start], title: str, config: Config
+) -> dict[str, Any]:
+    """Write the tables and the figure, print the tables, and return what `summary.json` gets."""
+    named = [
+        row | {"name": name_line(scores.task_of(row), starts, config.transductive)} for row in rows
+    ]
+    styles = {
+        row["name"]: scores.task_of(row)._replace(start=starts[row["start"]].group or "nothing")
+        for row in named
+    }
+    plain = {n for n, task in styles.items() if task.start in ("nothing", "pixels")}
+    means = scores.summarize(named, {name: start.seconds for name, start in starts.items()})
+    differences = scores.find_differences(named, means, frozenset(plain))
+    files.write_csv(folder / "scores.csv", means)
+    files.write_csv(folder / "differences.csv", differences)
+    tables = scores.make_tables(means, differences)
+    with files.atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(tables, encoding="utf-8")
+    print(tables)
+    plot_scores(folder / "few_labels.png", means, styles, title)
+    summary: dict[str, Any] = {}
+    for mean in means:
+        cells = summary.setdefault(f"accuracy of {mean['name']}", {})
+        cells[str(mean["labels"])] = mean["accuracy"]
+    summary["mean_accuracy"] = float(np.mean([mean["accuracy"] for mean in means]))
+    return summary | {"training_seconds": sum(row["seconds"] for row in rows)}
+
+
+def with_data_of_runs(config: Config) -> Config:
+    """The settings with the data set of the runs, or FashionMNIST, where none is named.
+
+    Raises:
+        UserError: the runs are of several data sets.
+    """
+    records = [files.read_json(Path(folder) / "config.json") for folder in config.runs]
+    known = {(str(record.get("dataset")), record.get("image_size", 32)) for record in records}
+    names = ", ".join(sorted(name for name, _ in known))
+    require(len(known) <= 1 or bool(config.dataset), f"the runs are of several data sets: {names}")
+    dataset, size = next(iter(known), ("fashion-mnist", config.image_size))
+    return dataclasses.replace(config, dataset=config.dataset or dataset, image_size=size)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Train what is missing, write tables and figure, and return what `summary.json` holds.
+
+    Raises:
+        UserError: data, settings or run folders that cannot be used.
+        Diverged: a loss is not finite.
+    """
+    starts = read_starts(config.runs)
+    config = with_data_of_runs(config)
+    whole = load_data(dataclasses.replace(config, evaluate_on="test"))
+    prints = {whole.fingerprint(), whole.for_choosing().fingerprint(), None}
+    for name, start in starts.items():
+        if start.folder is not None:
+            seen = files.read_json(start.folder / "config.json").get("data")
+            require(seen in prints, f"{name} was trained on other images than {config.dataset} now")
+    data = load_data(config)
+    tasks = list_tasks(config, starts, len(data.train))
+    require(bool(tasks), "there is nothing to train: these --methods need runs, or fewer --labels")
+    with runs.open_run(config, whole.fingerprint(), FREE_ON_RESUME) as run:
+        print(data)
+        what = "test images"
+        if config.evaluate_on == "validation":
+            what = "held-out training images"
+            print(f"what are called test images are {what}")
+        kinds: dict[str, Callable[[str], Any]] = {"method": str, "start": str, "labels": int}
+        kinds |= {
+            "draw": int,
+            "accuracy": files.finite,
+            "macro_f1": files.finite,
+            "seconds": files.finite,
+        }
+        rows = files.read_csv(run.folder / "few_labels.csv", kinds)
+        missing = set(tasks) - {scores.task_of(row) for row in rows}
+        print(
+            f"{len(missing):,} of {len(tasks):,} trainings are to do, "
+            f"{scores.estimate_time([*missing], rows, config.workers)}"
+        )
+        for name in sorted({task.start for task in missing} - {"nothing"}):
+            folder = features_folder(run.folder, name)
+            if not (folder / "train.npy").exists():
+                prepare_features(folder, starts[name], data, config)
+        rows = train_missing(config, run.folder, tasks, rows)
+        shutil.rmtree(run.folder / "features", ignore_errors=True)  # they are gigabytes
+        title = f"{len(data.test):,} {what} of {data.name}, {config.draws} draws"
+        summary = run.summarize(write_results(run.folder, rows, starts, title, config))
+        report.write_report(run.folder, Config)
+        runs.print_folder(run.folder)
+    return summary
+
+
+if __name__ == "__main__":
+    runs.run_script(main, Config, __doc__)

@@ -260,6 +260,16 @@ def knn_accuracy(
     return correct.item() / len(test_labels)
 
 
+def measure_features(train_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(D,)` by which features `(N, D)` are standardised everywhere.
+
+    `(features - mean) / std`, test features, too; a feature that never changes has 1e-6 for its
+    deviation of 0.
+    """
+    std, mean = torch.std_mean(train_features, 0, correction=0)
+    return mean, std.clamp(min=1e-6)
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """What `linear_probe` found: curves, and the last epoch's test predictions and accuracy.
@@ -286,7 +296,7 @@ def linear_probe(
 ) -> ProbeResult:
     """Train a linear layer on fixed features and report its last epoch.
 
-    Features `(N, D)` are standardised with the training features' statistics; Adam with cosine.
+    Features `(N, D)` are standardised as `measure_features` says; Adam with cosine.
     `history` has a row per epoch: `train_loss` and `train_accuracy` from the training pass itself,
     `test_loss` and `test_accuracy` after it. Accuracies in [0, 1].
 
@@ -294,8 +304,7 @@ def linear_probe(
         Diverged: the loss is not finite.
     """
     device = train_features.device
-    std, mean = torch.std_mean(train_features, 0, correction=0)
-    std = std.clamp(min=1e-6)
+    mean, std = measure_features(train_features)
     train_features = (train_features - mean) / std
     test_features = (test_features - mean) / std
     classes = int(max(train_labels.max(), test_labels.max())) + 1
@@ -366,29 +375,45 @@ def few_label_accuracy(
     """Test accuracy of logistic regression on few labels, over several draws of them.
 
     Each draw takes `labels_per_class` training images of each class, or as many as the smallest
-    class has. Features are standardised with all training features; the penalty is scikit-learn's
-    default.
+    class has. Features are standardised as `measure_features` says, with all training features.
 
     Returns:
         `labels_per_class`, `mean` and `sd` of the accuracy in [0, 1], `draws`.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train_features.cpu().numpy())
-    train, test = (scaler.transform(f.cpu().numpy()) for f in (train_features, test_features))
-    labels, targets = train_labels.cpu().numpy(), test_labels.cpu().numpy()
+    centre, spread = measure_features(train_features)
+    train, test = ((features - centre) / spread for features in (train_features, test_features))
+    labels, targets = train_labels.cpu().numpy(), test_labels.cpu()
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     count = min(labels_per_class, *map(len, classes))
     scores = []
     for seed in range(draws):
         generator = np.random.default_rng(seed)
         chosen = np.concatenate([generator.permutation(images)[:count] for images in classes])
-        model = LogisticRegression(max_iter=2000).fit(train[chosen], labels[chosen])
-        scores.append(model.score(test, targets))
-    deviation = float(np.std(scores, ddof=1))
-    mean = float(np.mean(scores))
+        known = torch.from_numpy(chosen).to(train.device)
+        predictions = logistic_regression(train[known], train_labels[known], test)
+        scores.append(accuracy(predictions, targets))
+    mean, deviation = float(np.mean(scores)), float(np.std(scores, ddof=1))
     return {"labels_per_class": count, "mean": mean, "sd": deviation, "draws": draws}
+
+
+def logistic_regression(
+    known: Tensor, labels: Tensor, features: Tensor, penalty: float = 1.0
+) -> Tensor:
+    """Classes `(M,)`, on the CPU, of features `(M, D)`, learned from known ones to convergence.
+
+    Args:
+        known: `(n, D)`, standardised as `features` are.
+        labels: `(n,)`, of any number of classes.
+        features: to classify.
+        penalty: of the squared weights, scikit-learn's 1 / C.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if (labels == labels[0]).all():  # scikit-learn wants two classes
+        return labels[:1].cpu().expand(len(features))
+    model = LogisticRegression(C=1 / penalty, max_iter=2000)
+    model.fit(known.cpu().numpy(), labels.cpu().numpy())
+    return torch.from_numpy(model.predict(features.cpu().numpy()))
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

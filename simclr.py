@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import few_labels
 import functions
 from support import datasets, encoders, pretraining, runs, settings, verdict
 from support.errors import require
@@ -32,7 +31,7 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
     """The defaults are a published recipe for CIFAR-10 on one GPU."""
 
     SCRIPT = "simclr"
-    STAGES = ("pretrain", "probe", "embed", "finetune", "study")
+    STAGES = ("pretrain", "probe", "embed", "finetune")
 
     projection: Literal["nonlinear", "linear", "none"] = setting(
         "nonlinear", "model", "projection head, used in pretraining only"
@@ -249,7 +248,6 @@ def main(config: Config) -> dict[str, Any]:
         "probe": functions.probe_stage,
         "embed": functions.embed_stage,
         "finetune": functions.finetune_stage,
-        "study": few_labels.study_stage,
     }
     return pretraining.run_experiment(config, data, SimCLR, pretrain, stages)
 

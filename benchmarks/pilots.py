@@ -5,10 +5,10 @@
 
 A row of the table is a run: `name`, `script`, `flags`. Self-supervised runs keep a tenth of the
 training images back (`--evaluate-on validation`) and are scored on them by linear probe and kNN;
-rnn.py's have their validation images. What each run of `simclr.csv` gets goes into
-`simclr-scores.csv` beside it. A second call leaves out the runs that are finished and goes on with
-the one that was stopped, so a longer table takes the time of its new rows. Other flags, like
-`--dataset`, are given to all rows.
+few_labels.py's by the mean over methods and numbers of labels; rnn.py's have validation images.
+What each run of `simclr.csv` gets goes into `simclr-scores.csv` beside it. A second call leaves out
+the runs that are finished and goes on with the one that was stopped, so a longer table takes the
+time of its new rows. Other flags, like `--dataset`, are given to all rows.
 """
 
 import argparse
@@ -28,9 +28,10 @@ SHARED = {
     "simclr": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
     "moco": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
     "simsiam": ["--evaluate-on", "validation", "--stages", "pretrain,probe", "--knn-every", "0"],
+    "few_labels": ["--evaluate-on", "validation"],
     "rnn": [],
 }
-SCORES = ("linear_probe_accuracy", "knn_accuracy", "validation_accuracy")
+SCORES = ("linear_probe_accuracy", "knn_accuracy", "validation_accuracy", "mean_accuracy")
 
 
 def is_finished(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,9 +45,11 @@ from support.settings import setting
 class PretrainingConfig(settings.TrainingConfig):
     """The settings every self-supervised pretraining has besides, and those of its evaluation."""
 
-    STAGES: ClassVar[tuple[str, ...]] = ("pretrain", "probe", "embed", "study")
+    STAGES: ClassVar[tuple[str, ...]] = ("pretrain", "probe", "embed")
 
-    stages: str = setting("pretrain,probe,embed", "run", "what to do; with --resume any part")
+    stages: str = setting(
+        "pretrain,probe,embed", "run", "what to do; with --resume any part", retired=("study",)
+    )
     devices: int = setting(1, "run", "processes, one per device, that share each batch")
 
     encoder: str = setting(
@@ -102,11 +105,6 @@ class PretrainingConfig(settings.TrainingConfig):
     probe_epochs: int = setting(100, "evaluation", "epochs of the linear probe")
     few_labels: int = setting(10, "evaluation", "labels per class of the few-label score; 0: none")
     pixel_baseline: bool = setting(False, "evaluation", "also probe the raw pixels, to compare")
-    labels: str = setting(
-        "10,100,1000,10000,all", "evaluation", "study: how many labels, of all classes together"
-    )
-    label_seeds: int = setting(5, "evaluation", "study: draws of the labelled images")
-    label_steps: int = setting(2000, "evaluation", "study: optimizer steps of each training")
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -142,16 +140,13 @@ class PretrainingConfig(settings.TrainingConfig):
         for name in ("flip", "jitter", "grayscale", "blur"):
             value = getattr(self, f"{name}_probability")
             require(0 <= value <= 1, f"--{name}-probability must be in [0, 1], not {value}")
-        for name in ("probe_epochs", "label_steps"):
-            require(getattr(self, name) >= 1, f"{settings.flag(name)} must be at least 1")
-        require(self.label_seeds >= 2, "--label-seeds must be at least 2: it gives the deviation")
+        require(self.probe_epochs >= 1, "--probe-epochs must be at least 1")
         for name in ("warmup_epochs", "knn_every", "keep_every", "few_labels"):
             require(getattr(self, name) >= 0, f"{settings.flag(name)} must not be negative")
         require(
             self.warmup_epochs == 0 or self.warmup_epochs < self.epochs,
             f"--warmup-epochs {self.warmup_epochs} must be fewer than --epochs {self.epochs}",
         )
-        self.label_counts(1)
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -168,19 +163,10 @@ class PretrainingConfig(settings.TrainingConfig):
         sides = [int(side) for side in self.view_size.split(",")]
         return sides[epoch * len(sides) // self.epochs]
 
-    def label_counts(self, images: int) -> list[int]:
-        """The numbers of labels of the study, ascending; those above `images` are left out."""
-        parts = [part.strip() for part in self.labels.split(",")]
-        good = all(part == "all" or (part.isdecimal() and int(part) > 1) for part in parts)
-        require(good, f"--labels takes whole numbers from 2 and all, not {self.labels!r}")
-        counts = {images if part == "all" else int(part) for part in parts}
-        return sorted(count for count in counts if count <= images)
-
 
 # Settings of the stages after pretraining: a finished run may be evaluated again with others.
 EVALUATION = frozenset(
-    {"stages", "probe_epochs", "few_labels", "pixel_baseline"}
-    | {"labels", "label_seeds", "label_steps", "finetune_epochs", "embedding"}
+    {"stages", "probe_epochs", "few_labels", "pixel_baseline", "finetune_epochs", "embedding"}
 )
 
 
@@ -586,6 +572,9 @@ def run_experiment(
         except (LookupError, TypeError, ValueError) as error:
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
+        if data.classes:
+            folder = shlex.quote(str(run.folder))
+            print(f"What it buys when few images have labels: python few_labels.py {folder}")
     return summary
 
 
@@ -634,10 +623,6 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
     require(
         "embed" not in config.stage_names or mapped >= 5,
         f"a map takes at least 5 images, not {mapped}: leave embed out of --stages",
-    )
-    require(
-        "study" not in config.stage_names or not data.classes or bool(config.label_counts(images)),
-        f"--labels {config.labels}: there are only {images:,} training images",
     )
 
 

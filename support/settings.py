@@ -19,13 +19,16 @@ from support.errors import UserError, require
 _MISSING = object()
 
 
-def setting(default: Any, group: str, text: str, before: Any = _MISSING) -> Any:
+def setting(
+    default: Any, group: str, text: str, before: Any = _MISSING, retired: tuple[str, ...] = ()
+) -> Any:
     """A `Config` field with its default, its group in `--help` and its line there.
 
     `before` is the value that means what the scripts did when they had no such setting; run folders
-    from then take it. Without it that is the default.
+    from then take it. Without it that is the default. `retired` are parts of a text with commas
+    that older versions knew; they are left out of what run folders say.
     """
-    metadata = {"group": group, "help": text}
+    metadata = {"group": group, "help": text, "retired": retired}
     if before is not _MISSING:
         metadata["before"] = before
     return dataclasses.field(default=default, metadata=metadata)
@@ -200,7 +203,7 @@ def _flag_type(hint: Any) -> tuple[type, dict[str, Any]]:
         return str, {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
-        return parts[0], {"type": parts[0], "nargs": len(parts)}
+        return parts[0], {"type": parts[0], "nargs": "*" if ... in parts else len(parts)}
     if hint is bool:
         return bool, {"action": argparse.BooleanOptionalAction}
     return hint, {"type": hint}
@@ -210,7 +213,7 @@ def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: 
     """Parse a command line into a `Config`.
 
     With `--resume RUN_FOLDER` the settings saved there are the defaults, and `open_run` refuses a
-    flag that contradicts them.
+    flag that contradicts them. A setting of the type `tuple[str, ...]` is words without a flag.
 
     Raises:
         UserError: an unknown flag, a bad value, or a run folder that cannot be read.
@@ -234,9 +237,10 @@ def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: 
         if "choices" not in options and kind is not bool:
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        note = "" if default is None else f" [{shown}]"
+        note = "" if default in (None, "", ()) else f" [{shown}]"
+        word = field.name if options.get("nargs") == "*" else flag(field.name)
         groups[group].add_argument(
-            flag(field.name), default=default, help=field.metadata["help"] + note, **options
+            word, default=default, help=field.metadata["help"] + note, **options
         )
     values = vars(parser.parse_args(arguments)).items()
     changed: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
@@ -270,9 +274,8 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
     values: dict[str, Any] = {}
     lacking = []
     for field in dataclasses.fields(config_class):
-        value = saved.get(field.name)
+        value = saved_value(field, saved)
         if field.name not in saved:
-            value = value_before(field)
             lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
     if values["precision"] == "auto":  # older versions recorded their choice beside it
@@ -304,12 +307,14 @@ def changed_flags(record: dict[str, Any], config_class: Any) -> dict[str, list[s
     saved["precision"] = COMPUTED_IN.get(str(saved.get("computed_in")), saved.get("precision"))
     made = {}
     for field in dataclasses.fields(config_class):
-        value = saved.get(field.name, value_before(field))
+        value = saved_value(field, saved)
         value = tuple(value) if isinstance(value, list) else value
         if value == field.default or field.name in PLACES or value is None:
             continue
         name = flag(field.name)
-        if isinstance(value, bool):
+        if ... in typing.get_args(field_types(config_class)[field.name]):
+            made[name] = [*value]
+        elif isinstance(value, bool):
             made[name] = [name if value else name.replace("--", "--no-", 1)]
         else:
             made[name] = [name, *map(str, value if isinstance(value, tuple) else [value])]
@@ -321,6 +326,15 @@ def value_before(field: dataclasses.Field) -> Any:
     return field.metadata.get("before", field.default)
 
 
+def saved_value(field: dataclasses.Field, saved: dict[str, Any]) -> Any:
+    """The value of a setting in a `config.json` of this version or an older one."""
+    value = saved.get(field.name, value_before(field))
+    retired = field.metadata["retired"]
+    if retired and isinstance(value, str):
+        value = ",".join(part for part in value.split(",") if part.strip() not in retired)
+    return value
+
+
 def has_type(value: Any, hint: Any) -> bool:
     """Whether a value is of a setting's type; a whole number is a `float`, too."""
     if isinstance(hint, types.UnionType):
@@ -329,6 +343,8 @@ def has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
+        if ... in parts:
+            return isinstance(value, tuple) and all(has_type(part, parts[0]) for part in value)
         fits = isinstance(value, tuple) and len(value) == len(parts)
         return fits and all(map(has_type, value, parts))
     return type(value) is hint or (hint is float and type(value) is int)

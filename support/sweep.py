@@ -25,9 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from support import progress, runs, settings
+from support import pool, progress, runs, settings
 from support.errors import Diverged, UserError, require
 from support.settings import setting
 
@@ -550,14 +548,7 @@ def _heard(workers: list[Worker]) -> list[Worker]:
 
 def _serve(connection: Any, make_objective: Callable[[], Objective], workers: int) -> None:
     """Run the trials that come through the pipe, in a process that ends with its parent."""
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    runs.show_lines_at_once()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    pool.begin_worker(workers)
     with contextlib.suppress(EOFError, ConnectionError):  # The parent may die.
         try:
             objective, message = make_objective(), None

@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import pytest
+import threadpoolctl
 import torch
 
 from support.errors import UserError
@@ -22,6 +23,7 @@ def ctrl_c():
 def one_thread():
     # On a busy machine threads that wait for each other make tiny tests a hundred times slower.
     torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
 
 
 @pytest.fixture

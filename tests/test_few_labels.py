@@ -1,26 +1,22 @@
 import csv
 import dataclasses
-import statistics
-from types import SimpleNamespace
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, f1_score
-from torch import nn
+from PIL import Image
+from scipy import stats
+from sklearn.neighbors import NearestCentroid
+from sklearn.semi_supervised import LabelSpreading
 
 import few_labels
 import functions
 import simsiam
-from support import datasets, devices, pretraining, supervised
-
-METHODS = ("supervised", "supervised-tuned", "linear", "mlp", "finetuned")
-
-
-@pytest.fixture(scope="module")
-def fabric():
-    return devices.make_fabric("cpu", "float32")
+from support import graphs, neighbours, pool, scores, settings
+from support.errors import UserError
 
 
 def labels_of(*counts):
@@ -29,57 +25,11 @@ def labels_of(*counts):
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 
 
-def noise_data(*counts):
-    """Images that differ from each other, with labels that say nothing about them."""
-    labels = labels_of(*counts)
-    draw = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (len(labels) + 60, 1, 8, 8), dtype=torch.uint8, generator=draw)
-    train = datasets.Split(images[:-60], labels)
-    test = datasets.Split(images[-60:], torch.arange(60) % len(counts))
-    return datasets.ImageData("noise", tuple("abcdefghij"[: len(counts)]), train, test).measured()
-
-
-def digits(train, test):
-    whole = functions.load_images("digits")
-    parts = {"train": train, "test": test}
-    parts = {k: getattr(whole, k).select(torch.arange(n)) for k, n in parts.items()}
-    return dataclasses.replace(whole, **parts).measured()
-
-
-def settings(**changes):
-    return simsiam.Config(**{"label_seeds": 2, "label_steps": 12, "device": "cpu", **changes})
-
-
-def pretrained(seed=0):
-    """A model whose weights and BatchNorm statistics are no fresh encoder's."""
-    torch.manual_seed(100 + seed)
-    model = simsiam.SimSiam(simsiam.Config(), 1, 8)
-    with torch.no_grad():
-        model.train()(torch.randn(64, 1, 8, 8) * 2 + 1)
-    return model
-
-
-def copy_of(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def read(folder):
-    return list(csv.DictReader((folder / "label_efficiency.csv").open()))
-
-
-def without_seconds(folder):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read(folder)]
-
-
-# ------------------------------------------------------------------------- labelled images
+# --------------------------------------------------------------------------- labelled images
 
 
 @pytest.mark.parametrize("count", [1, 7, 30, 59, 60])
-def test_drawn_labels_are_balanced_nested_and_without_repeats(count):
+def test_balanced_draws_are_nested_and_without_repeats(count):
     labels = labels_of(20, 20, 20)
     for seed in range(5):
         chosen = few_labels.draw_labels(labels, count, seed)
@@ -101,332 +51,436 @@ def test_small_classes_give_all_they_have(sizes, count, expected):
     assert labels[chosen].bincount(minlength=3).tolist() == expected
 
 
-def test_seeds_draw_other_images_each_as_often_as_any_other():
+@pytest.mark.parametrize("draws", ["balanced", "random"])
+def test_each_image_of_equal_classes_is_drawn_as_often_as_any_other(draws):
     labels = labels_of(6, 6, 6)
-    draws = [few_labels.draw_labels(labels, 5, seed) for seed in range(600)]
-    assert torch.equal(draws[0], few_labels.draw_labels(labels, 5, 0))
-    counts = torch.cat(draws).bincount(minlength=18)  # 600 * 5 / 18 = 167, sd below 12.3
+    drawn = [few_labels.draw_labels(labels, 5, (0, seed), draws) for seed in range(600)]
+    assert torch.equal(drawn[0], few_labels.draw_labels(labels, 5, (0, 0), draws))
+    counts = torch.cat(drawn).bincount(minlength=18)  # 600 * 5 / 18 = 167, sd below 12.3
     assert (counts - 600 * 5 / 18).abs().max() < 4 * 12.3
 
 
-# ------------------------------------------------------------------------------- the study
+def test_random_draws_are_nested_and_as_unbalanced_as_the_data():
+    labels = labels_of(10, 90)
+    small = [few_labels.draw_labels(labels, 20, seed, "random") for seed in range(300)]
+    for seed, chosen in enumerate(small[:5]):
+        assert len(chosen.unique()) == 20
+        assert torch.equal(few_labels.draw_labels(labels, 50, seed, "random")[:20], chosen)
+    rare = torch.tensor([(labels[chosen] == 0).sum() for chosen in small]).float()
+    assert abs(rare.mean() - 2) < 0.3  # sd of the mean: 0.07
+    assert rare.std() > 0.8
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory, fabric):
-    """A study of 20 and all 150 labels by two seeds, with the predictions it was made from."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("study")
-    data, model, predictions = digits(150, 80), pretrained(), {}
-    predict = few_labels.Study.predict
+# ----------------------------------------------------------------------------- label spreading
 
-    def spy(self, method, chosen, seed):
-        predictions[len(chosen), seed, method] = predict(self, method, chosen, seed)
-        return predictions[len(chosen), seed, method].clone()
 
-    before = copy_of(model)
-    config = settings(labels="all,20,5000")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few_labels.Study, "predict", spy)
-        summary = few_labels.study_stage(model, data, config, folder, fabric)
-    return SimpleNamespace(
-        folder=folder,
-        data=data,
-        model=model,
-        config=config,
-        before=before,
-        summary=summary["label_efficiency"],
-        predictions=predictions,
+def small_graph(count=40, k=5):
+    points = F.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(2)), dim=1)
+    similarity, index = neighbours.find_nearest(points, points, k)
+    return similarity.numpy(), index.numpy()
+
+
+def dense_affinity(similarity, index):
+    w = np.zeros((len(index), len(index)))
+    for i, (values, others) in enumerate(zip(similarity, index, strict=True)):
+        for value, j in zip(values, others, strict=True):
+            w[i, j] += max(value, 0)
+            w[j, i] += max(value, 0)
+    return w
+
+
+def test_spreading_is_the_closed_form_of_the_paper():
+    similarity, index = small_graph()
+    w = dense_affinity(similarity, index)
+    d = np.diag(w.sum(1) ** -0.5)
+    s = d @ w @ d
+    graph = graphs.normalized_graph(similarity, index)
+    np.testing.assert_allclose(graph.toarray(), s, atol=1e-12)
+    chosen, classes = np.array([3, 8, 20, 31]), np.array([0, 1, 1, 2])
+    y = np.zeros((40, 3))
+    y[chosen, classes] = 1
+    f = np.linalg.inv(np.eye(40) - 0.9 * s) @ y  # equation 4
+    f *= np.array([1, 2, 1]) / f.sum(0)  # as much for each class as its labels are
+    found = graphs.spread(graph, chosen, np.eye(3)[classes], 0.9)
+    np.testing.assert_allclose(found, f, rtol=1e-4, atol=1e-6)
+
+
+def test_spreading_agrees_with_scikit_learn():
+    similarity, index = small_graph(60, 6)
+    w = dense_affinity(similarity, index)
+    chosen, classes = np.array([0, 7, 19, 33]), np.array([0, 0, 1, 1])  # as many of each class
+    y = np.full(60, -1)
+    y[chosen] = classes
+    theirs = LabelSpreading(lambda a, b: w, alpha=0.8, max_iter=1000, tol=1e-9).fit(
+        np.zeros((60, 1)), y
+    )
+    marks, graph = np.eye(2)[classes], graphs.normalized_graph(similarity, index)
+    found = graphs.spread(graph, chosen, marks, 0.8)
+    # Theirs lets a class have any mass.
+    found *= (np.linalg.inv(np.eye(60) - 0.8 * graph.toarray())[:, chosen] @ marks).sum(0)
+    np.testing.assert_allclose(
+        found / found.sum(1, keepdims=True), theirs.label_distributions_, atol=1e-4
     )
 
 
-def test_a_row_for_each_training_with_sklearns_scores(study):
-    rows = read(study.folder)
-    keys = [(int(row["labels"]), int(row["seed"]), row["method"]) for row in rows]
-    wanted = [(n, s, m) for n in (20, 150) for s in (0, 1) for m in METHODS]  # 5000 are too many
-    assert sorted(keys) == sorted(wanted)
-    truth = study.data.test.labels.numpy()
-    for key, row in zip(keys, rows, strict=True):
-        predicted = study.predictions[key].numpy()
-        assert float(row["accuracy"]) == pytest.approx(accuracy_score(truth, predicted))
-        assert float(row["macro_f1"]) == pytest.approx(f1_score(truth, predicted, average="macro"))
-        assert row["steps"] == "12"
-        assert float(row["seconds"]) > 0
-    assert len({row["accuracy"] for row in rows}) > 10
+def test_new_images_take_their_neighbours_scores():
+    scores_of = np.array([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]])
+    found = graphs.average_neighbours(
+        scores_of, np.array([[0.5, 0.25], [0.5, -1.0]]), np.array([[0, 1], [2, 1]])
+    )
+    np.testing.assert_allclose(found, [[0.5, 0.75], [1.0, 1.0]])
 
 
-def test_the_summary_is_mean_and_deviation_of_the_rows(study):
-    assert list(study.summary) == list(METHODS)
-    for method, table in study.summary.items():
-        assert list(table) == ["20", "150"]
-        for count, cell in table.items():
-            rows = [r for r in read(study.folder) if (r["method"], r["labels"]) == (method, count)]
-            for name in ("accuracy", "macro_f1"):
-                values = [float(row[name]) for row in rows]
-                assert cell[name] == pytest.approx(statistics.mean(values))
-                assert cell[f"{name}_sd"] == pytest.approx(statistics.stdev(values))
+def test_whitening_makes_all_kept_directions_equal():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(500, 6, generator=generator) * torch.tensor([6.0, 5, 4, 3, 2, 1])
+    train = train - train.mean(0)
+    u, _, _ = torch.linalg.svd(train, full_matrices=False)
+    bank, queries = graphs.whiten(train, train[:9])
+    expected = F.normalize(u, dim=1)
+    torch.testing.assert_close(bank @ bank.T, expected @ expected.T, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(queries, bank[:9])
 
 
-def test_the_encoder_is_left_bit_identical(study):
-    assert same(study.model.state_dict(), study.before)
-    assert all(p.requires_grad and p.grad is None for p in study.model.parameters())
+# --------------------------------------------------------------------------------- the methods
 
 
-def test_an_interrupted_study_goes_on_without_repeating(study, tmp_path, fabric, monkeypatch):
-    predict, calls = few_labels.Study.predict, []
+def given(features=None, test=None, labels=None, **changes):
+    """What a method on features gets; the first images are labelled."""
+    held = None if features is None else graphs.Features(features, test, None, None)
+    values = {"images": None, "test": None, "chosen": torch.arange(len(labels))}
+    values |= {"labels": labels, "classes": int(labels.max()) + 1, "encoder": None}
+    values |= {"features": held, "seed": 0, "config": few_labels.Config(), "fabric": None}
+    return few_labels.Given(**(values | changes))
 
-    def stopping(self, method, chosen, seed):
-        calls.append((len(chosen), seed, method))
-        if len(calls) == 8:
+
+def test_the_nearest_mean_is_scikit_learns():
+    draw = torch.Generator().manual_seed(0)
+    features, test = torch.randn(50, 5, generator=draw), torch.randn(200, 5, generator=draw)
+    labels = torch.tensor([0, 3, 3, 1, 0, 1, 1])  # nobody has drawn class 2
+    expected = NearestCentroid().fit(features[:7].numpy(), labels.numpy()).predict(test.numpy())
+    found = few_labels.nearest_mean(given(features, test, labels))
+    assert found.tolist() == expected.tolist()
+
+
+def test_logistic_regression_of_a_single_class_says_it():
+    found = few_labels.logistic_regression(
+        given(torch.randn(9, 3), torch.randn(4, 3), torch.tensor([2, 2]))
+    )
+    assert found.tolist() == [2] * 4
+
+
+def test_the_loss_of_fixmatch_is_that_of_a_naive_loop():
+    draw = torch.Generator().manual_seed(0)
+    logits, weak, strong = (3 * torch.randn(n, 4, generator=draw) for n in (6, 30, 30))
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    weak.requires_grad_()
+    expected = sum(-logits[i].log_softmax(0)[labels[i]] for i in range(6)) / 6
+    counted = 0
+    for i in range(30):  # equation 4
+        q = weak[i].softmax(0)
+        if q.max() >= 0.8:
+            expected = expected - strong[i].log_softmax(0)[q.argmax()].detach() / 30
+            counted += 1
+    assert 5 < counted < 25
+    loss = few_labels.fixmatch_loss(logits, labels, weak, strong, 0.8)
+    torch.testing.assert_close(loss, expected.detach())
+    assert not loss.requires_grad  # no gradient reaches the guesses
+
+
+def test_the_strong_view_differs_more_than_the_weak_one():
+    images = functions.load_images("digits").train.images[:64]
+    config = few_labels.Config(flip_probability=0)
+    draw = torch.Generator().manual_seed(0)
+    weak = few_labels.augment_weakly(images, config, draw)
+    assert weak.dtype == torch.uint8
+    moved = {tuple(image.flatten().tolist()) for image in images[:, :, 1:, 1:]}
+    assert sum(tuple(i.flatten().tolist()) in moved for i in weak[:, :, :-1, :-1]) > 0
+    strong = few_labels.augment_strongly(images, config, draw)
+    assert strong.shape == images.shape
+    assert 0 <= strong.min() <= strong.max() <= 1
+    assert ((strong == 0.5).flatten(1).sum(1) >= 4).all()  # Cutout's grey square, cut at the border
+
+
+# ------------------------------------------------------------------------------ a comparison
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Two runs that differ in their seed, and one with another batch size."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("pretrained")
+    for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"batch_size": 128}}.items():
+        values = {"dataset": "digits", "epochs": 1, "batch_size": 256, "knn_every": 0}
+        values |= {"stages": "pretrain", "name": name, "output_dir": str(folder), "device": "cpu"}
+        simsiam.main(simsiam.Config(**(values | changes)))
+    return {name: str(folder / "simsiam" / name) for name in "abc"}
+
+
+def make_config(folder, **changes):
+    values = {"labels": "20", "quick_draws": 3, "slow_draws": 2, "steps": 3, "device": "cpu"}
+    values |= {"unlabelled_ratio": 1, "output_dir": str(folder), "name": "run"}
+    return few_labels.Config(**(values | {"precision": "float32"} | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    config = make_config(folder, runs=tuple(pretrained.values()))
+    return config, few_labels.main(config), folder / "few_labels" / "run"
+
+
+def read(folder, name="few_labels"):
+    return list(csv.DictReader((folder / f"{name}.csv").open()))
+
+
+def results(folder):
+    return {scores.task_of(row): (row["accuracy"], row["macro_f1"]) for row in read(folder)}
+
+
+def test_every_method_has_a_row_for_each_draw(finished):
+    _, summary, folder = finished
+    names = {
+        "nothing": ["scratch", "tuned", "fixmatch"],
+        "pixels": ["mean", "linear", "spreading"],
+        **{
+            f"simsiam/{n}": ["fixmatch", *["mean", "linear", "mlp", "spreading", "finetune"]]
+            for n in "abc"
+        },
+    }
+    slow = {"scratch", "tuned", "fixmatch", "finetune"}
+    wanted = {
+        (method, start, "20", str(draw))
+        for start, methods in names.items()
+        for method in methods
+        for draw in range(2 if method in slow else 3)
+    }
+    assert set(results(folder)) == wanted
+    made = "config.json few_labels.csv scores.csv differences.csv table.md few_labels.png"
+    assert {path.name for path in folder.iterdir()} == {
+        *made.split(),
+        "summary.json",
+        "report.html",
+    }
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert json.loads((folder / "config.json").read_text())["dataset"] == "digits"
+    with Image.open(folder / "few_labels.png") as image:
+        assert image.width > 1500  # a panel without pretraining and one for each group
+
+
+def test_runs_that_differ_in_their_seed_are_one_line(finished):
+    rows = read(finished[2], "scores")
+    (line,) = [r for r in rows if r["name"] == "nearest mean, simsiam/a" and r["labels"] == "20"]
+    mine = [
+        float(r["accuracy"])
+        for r in read(finished[2])
+        if r["start"] in ("simsiam/a", "simsiam/b") and (r["method"], r["labels"]) == ("mean", "20")
+    ]
+    assert (line["runs"], line["trainings"]) == ("2", "6")
+    assert float(line["accuracy"]) == pytest.approx(np.mean(mine))
+    assert float(line["accuracy_sd"]) == pytest.approx(np.std(mine, ddof=1))
+    assert "nearest mean, simsiam/c" in {row["name"] for row in rows}
+    assert not any("simsiam/b" in row["name"] for row in rows)
+
+
+def test_a_comparison_that_was_stopped_does_what_is_missing(finished, tmp_path, monkeypatch):
+    config, _, folder = finished
+    config = dataclasses.replace(config, output_dir=str(tmp_path), methods="scratch,linear,mlp")
+    call, calls = few_labels.Trainer.__call__, []
+
+    def stopping(self, task):
+        calls.append(task)
+        if len(calls) == 6:
             raise KeyboardInterrupt
-        return predict(self, method, chosen, seed)
+        return call(self, task)
 
-    monkeypatch.setattr(few_labels.Study, "predict", stopping)
-    arguments = (study.model, study.data, study.config, tmp_path, fabric)
+    monkeypatch.setattr(few_labels.Trainer, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
-        few_labels.study_stage(*arguments)
-    assert without_seconds(tmp_path) == without_seconds(study.folder)[:7]
-    assert few_labels.study_stage(*arguments)["label_efficiency"] == study.summary
-    assert without_seconds(tmp_path) == without_seconds(study.folder)
-    assert len(calls) == 8 + 20 - 7
-    few_labels.study_stage(*arguments)
-    assert len(calls) == 8 + 20 - 7
+        few_labels.main(config)
+    again = tmp_path / "few_labels" / "run"
+    assert len(read(again)) == 5
+    few_labels.main(dataclasses.replace(config, resume=str(again)))
+    everything = results(folder)
+    mine = {task: row for task, row in everything.items() if task.method in "scratch linear mlp"}
+    assert results(again) == mine
+    assert len(calls) == len(mine) + 1
+    few_labels.main(dataclasses.replace(config, resume=str(again), quick_draws=2))  # nothing to do
+    assert len(calls) == len(mine) + 1
+    assert results(again) == mine  # rows that were not asked for are kept
 
 
-def test_other_steps_and_more_seeds_are_rows_of_their_own(study, tmp_path, fabric, monkeypatch):
-    calls = []
+def test_two_workers_make_the_rows_of_one(finished, tmp_path):
+    config, _, folder = finished
+    values = {"output_dir": str(tmp_path), "methods": "scratch,mean,mlp", "workers": 2}
+    few_labels.main(dataclasses.replace(config, **values))
+    mine = results(tmp_path / "few_labels" / "run")
+    assert len(mine) == 2 + 4 * 3 + 3 * 3
+    everything = results(folder)
+    assert mine == {task: everything[task] for task in mine}
 
-    def predict(self, method, chosen, seed):
-        calls.append((len(chosen), seed, method))
-        return self.data.test.labels
 
-    monkeypatch.setattr(few_labels.Study, "predict", predict)
-    old = (study.folder / "label_efficiency.csv").read_bytes()
-    (tmp_path / "label_efficiency.csv").write_bytes(old)
-    config = dataclasses.replace(study.config, labels="20", label_seeds=3)
-    summary = few_labels.study_stage(study.model, study.data, config, tmp_path, fabric)
-    assert calls == [(20, 2, method) for method in METHODS]
-    accuracy = [float(r["accuracy"]) for r in read(tmp_path) if r["labels"] == "20"]
-    mean = summary["label_efficiency"]["mlp"]["20"]["accuracy"]
-    assert mean == pytest.approx(statistics.mean(accuracy[METHODS.index("mlp") :: 5]))
-    config = dataclasses.replace(study.config, labels="20")
-    fewer = few_labels.study_stage(study.model, study.data, config, tmp_path, fabric)
-    assert {m: t["20"] for m, t in study.summary.items()} == {
-        m: t["20"] for m, t in fewer["label_efficiency"].items()
+def fail(task):
+    raise UserError(f"task {task} cannot be done")
+
+
+def make_failing():
+    return fail
+
+
+def test_a_mistake_in_a_worker_is_told(user_error):
+    with user_error("task 1 cannot be done"):
+        list(pool.run_tasks(make_failing, [1, 2], 2))
+
+
+@pytest.mark.parametrize("transductive", [False, True])
+def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, transductive):
+    """A training sees the labels that were drawn: neither other images' nor test images'."""
+    config = make_config(tmp_path, runs=(pretrained["a"],), dataset="digits", labels="20")
+    config = dataclasses.replace(config, transductive=transductive)
+    starts, data = few_labels.read_starts(config.runs), few_labels.load_data(config)
+    for name in ("pixels", "simsiam/a"):
+        place = few_labels.features_folder(tmp_path, name)
+        few_labels.prepare_features(place, starts[name], data, config)
+    tasks = [t for t in few_labels.list_tasks(config, starts, len(data.train)) if t.draw == 0]
+    assert {task.method for task in tasks} == set(few_labels.METHODS)
+    chosen = few_labels.draw_labels(data.train.labels, 20, (0, 0))
+    hidden = (data.train.labels + 1) % 10
+    hidden[chosen] = data.train.labels[chosen]
+    changed = dataclasses.replace(
+        data,
+        train=dataclasses.replace(data.train, labels=hidden),
+        test=dataclasses.replace(data.test, labels=data.test.labels.flip(0)),
+    )
+    found = []
+    for version in (data, changed):
+        monkeypatch.setattr(few_labels, "load_data", lambda _, version=version: version)
+        monkeypatch.setattr(few_labels, "draw_labels", lambda *_: chosen)
+        trainer, predictions = few_labels.Trainer(config, tmp_path), []
+        monkeypatch.setattr(
+            functions, "accuracy", lambda p, _, kept=predictions: kept.append(p.tolist()) or 0.0
+        )
+        for task in tasks:
+            trainer(task)
+        found.append(predictions)
+    assert found[0] == found[1]
+
+
+def test_transductive_methods_are_marked(pretrained, tmp_path):
+    config = make_config(tmp_path, runs=(pretrained["a"],), transductive=True, labels="20")
+    few_labels.main(dataclasses.replace(config, methods="mean,spreading"))
+    names = {row["name"] for row in read(tmp_path / "few_labels" / "run", "scores")}
+    assert names == {
+        *("nearest mean, pixels", "label spreading, pixels (transductive)"),
+        *("nearest mean, simsiam/a", "label spreading, simsiam/a (transductive)"),
     }
-    config = dataclasses.replace(study.config, labels="20", label_steps=5)
-    summary = few_labels.study_stage(study.model, study.data, config, tmp_path, fabric)
-    assert len(calls) == 5 + 10
-    assert summary["label_efficiency"]["mlp"]["20"] == {
-        "accuracy": 1.0,
-        "accuracy_sd": 0.0,
-        "macro_f1": 1.0,
-        "macro_f1_sd": 0.0,
+
+
+def test_without_runs_there_are_the_methods_without_pretraining(tmp_path):
+    config = make_config(tmp_path, dataset="digits", methods="scratch,linear", labels="20,all")
+    few_labels.main(dataclasses.replace(config, evaluate_on="validation"))
+    rows = read(tmp_path / "few_labels" / "run")
+    counts = {(row["method"], row["start"], row["labels"]) for row in rows}
+    assert counts == {
+        (m, s, n) for m, s in [("scratch", "nothing"), ("linear", "pixels")] for n in ("20", "1293")
     }
+    exact = [row for row in rows if (row["method"], row["labels"]) == ("linear", "1293")]
+    assert len(exact) == 1  # there is one draw of all images
+
+
+# --------------------------------------------------------------------------------- the numbers
+
+
+def make_rows(values):
+    return [
+        {"method": m, "start": m, "labels": 10, "draw": draw, "name": m, "seconds": 60.0}
+        | {"accuracy": value, "macro_f1": value}
+        for m, draws in values.items()
+        for draw, value in enumerate(draws)
+    ]
+
+
+def test_differences_are_paired_with_students_interval():
+    mine, theirs, weak = [0.7, 0.8, 0.65, 0.9], [0.6, 0.75, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4]
+    rows = make_rows({"mine": mine, "theirs": theirs, "weak": weak})
+    means = scores.summarize(rows, {"mine": 30.0})
+    (found,) = scores.find_differences(rows, means, frozenset({"theirs", "weak"}))
+    expected = stats.ttest_rel(mine, theirs).confidence_interval(0.95)
+    assert (found["name"], found["opponent"], found["draws"]) == ("mine", "theirs", 4)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
+    assert found["difference"] == pytest.approx(np.mean(mine) - np.mean(theirs))
+    assert [mean["minutes"] for mean in means] == [1.5, 1.0, 1.0]
+    assert "| mine" in scores.make_tables(means, [found])
+
+
+def test_the_time_left_is_known_when_every_kind_has_been_done():
+    rows = make_rows({"a": [0.5, 0.6]})
+    tasks = [scores.Task("a", "a", 10, 2), scores.Task("a", "other run", 10, 3)]
+    assert scores.estimate_time(tasks, rows, 2) == "about 1m00s"
+    tasks.append(scores.Task("b", "a", 10, 0))
+    assert scores.estimate_time(tasks, rows, 1) == "more than 2m00s"
+
+
+# ----------------------------------------------------------------------- settings and mistakes
+
+
+def parse(line):
+    return settings.parse_config(few_labels.Config, line.split(), "")
+
+
+def test_runs_stand_without_a_flag(tmp_path):
+    config = parse("a b/c --labels 10 --workers 2")
+    assert (config.runs, config.labels, config.workers) == (("a", "b/c"), "10", 2)
+    assert parse("--labels 10").runs == ()
+    record = {"script": "few_labels", **dataclasses.asdict(config)}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert settings.load_config(few_labels.Config, tmp_path) == config
+    assert parse(f"--resume {tmp_path}").runs == ("a", "b/c")
+    words = [w for ws in settings.changed_flags(record, few_labels.Config).values() for w in ws]
+    assert parse(" ".join(words)) == config
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("line", "message"),
     [
-        lambda text: text.replace(b"macro_f1", b"f1", 1),
-        lambda text: text[: text.rindex(b",mlp") + 4],
-        lambda text: text.replace(b"20,0,12", b"20,zero,12", 1),
-        lambda text: bytes(range(256)),
+        ("--methods magic", "--methods knows scratch,tuned"),
+        ("--labels ten", "--labels takes whole numbers"),
+        ("--quick-draws 1", "--quick-draws must be at least 2"),
+        ("--workers 0", "--workers must be at least 1"),
+        ("--alpha 1", "--alpha must be between 0 and 1"),
+        ("--threshold 2", "--threshold must be in [0, 1]"),
+        ("--crop-scale-min 2", "--crop-scale-min must be at most 1"),
+        ("--penalty 0", "--penalty must be positive"),
+        ("--draws some", "--draws: invalid choice"),
     ],
 )
-def test_a_damaged_table_is_named(study, tmp_path, fabric, user_error, monkeypatch, spoil):
-    monkeypatch.setattr(few_labels.Study, "predict", lambda self, *_: self.data.test.labels)
-    path = tmp_path / "label_efficiency.csv"
-    content = spoil((study.folder / "label_efficiency.csv").read_bytes())
-    path.write_bytes(content)
-    arguments = (study.model, study.data, study.config, tmp_path, fabric)
-    with user_error(path, "damaged", "delete it"):
-        few_labels.study_stage(*arguments)
-    assert path.read_bytes() == content
+def test_a_mistake_in_a_flag_is_one_line(line, message, user_error):
+    with user_error(message):
+        parse(line)
 
 
-# ----------------------------------------------------------------------------- the methods
+def test_runs_that_do_not_fit_are_one_line(pretrained, tmp_path, user_error):
+    a = pretrained["a"]
+    with user_error("simsiam/a is given twice"):
+        few_labels.main(make_config(tmp_path, runs=(a, a)))
+    with user_error("trained on other images than fashion-mnist"):
+        few_labels.main(make_config(tmp_path, runs=(a,), dataset="fashion-mnist"))
+    with user_error("there is nothing to train"):
+        few_labels.main(make_config(tmp_path, methods="finetune", dataset="digits"))
+    with user_error("config.json"):
+        few_labels.main(make_config(tmp_path, runs=(str(tmp_path),)))
+    assert list(tmp_path.iterdir()) == []
 
 
-class Trainings:
-    """Watches the study's trainings: what they are given, start from, and look at meanwhile."""
-
-    def __init__(self, monkeypatch):
-        self.train, self.extract = supervised.train_classifier, functions.extract_features
-        self.running, self.looked_at = False, []
-        self.held_out, self.held_out_losses = None, []
-        monkeypatch.setattr(supervised, "train_classifier", self.spy)
-        monkeypatch.setattr(functions, "extract_features", self.extract_spy)
-
-    def spy(self, classifier, optimizer, inputs, labels, prepare, *rest, **named):
-        self.classifier, self.optimizer, self.inputs = classifier, optimizer, inputs
-        self.labels, self.prepare, self.first = labels, prepare, copy_of(classifier)
-        self.running = True
-        for row in self.train(classifier, optimizer, inputs, labels, prepare, *rest, **named):
-            if self.held_out is not None:
-                self.held_out_losses.append(self.loss(classifier))
-            yield row
-        self.running = False
-
-    def extract_spy(self, encoder, split, *rest, **named):
-        if self.running:
-            self.looked_at.append(split.images)
-        return self.extract(encoder, split, *rest, **named)
-
-    def loss(self, classifier):
-        images, labels, train = self.held_out
-        with functions.evaluating(classifier):
-            return F.cross_entropy(classifier(normalized(images, train)), labels).item()
+# ---------------------------------------------------------------------------- older run folders
 
 
-def normalized(images, train):
-    """Images less the mean over their deviation, both of the training images."""
-    pixels = train.images.numpy() / 255
-    return ((images / 255 - pixels.mean()) / pixels.std()).to(torch.float32)
-
-
-@pytest.fixture
-def trainings(monkeypatch):
-    return Trainings(monkeypatch)
-
-
-def rows_of(images):
-    return {tuple(image.flatten().tolist()) for image in images}
-
-
-@pytest.mark.parametrize("method", ["linear", "mlp"])
-def test_frozen_methods_train_a_head_on_the_encoders_features(fabric, trainings, method):
-    data, model = digits(150, 40), pretrained()
-    study = few_labels.Study(model.encoder, data, settings(), fabric)
-    chosen = few_labels.draw_labels(data.train.labels, 40, 0)
-    predictions = study.predict(method, chosen, 0)
-    with functions.evaluating(model):
-        train, test = (
-            model.encoder(normalized(split.images, data.train)) for split in (data.train, data.test)
-        )
-    centre, spread = train.mean(0), train.std(0).clamp(min=1e-6)
-    expected, alive = ((train - centre) / spread)[chosen], spread > 1e-2
-    assert trainings.inputs.shape == expected.shape
-    torch.testing.assert_close(trainings.inputs[:, alive], expected[:, alive], rtol=1e-3, atol=1e-3)
-    assert torch.equal(trainings.labels, data.train.labels[chosen])
-    hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU] * (method == "mlp")
-    assert [type(layer) for layer in trainings.classifier] == [*hidden, nn.Linear]
-    with functions.evaluating(trainings.classifier):
-        logits = trainings.classifier((test - centre) / spread)
-    assert (logits.argmax(1) == predictions).float().mean() > 0.97
-
-
-@pytest.mark.parametrize("method", ["supervised", "supervised-tuned", "finetuned"])
-def test_methods_that_train_an_encoder_start_where_they_should(fabric, trainings, method):
-    data, model = noise_data(30, 30, 30), pretrained()
-    before = copy_of(model)
-    study = few_labels.Study(model.encoder, data, settings(), fabric)
-    study.predict(method, few_labels.draw_labels(data.train.labels, 20, 0), 0)
-    encoder = copy_of(model.encoder)
-    start = {k[2:]: v for k, v in trainings.first.items() if k.startswith("0.")}
-    end = copy_of(trainings.classifier[0])
-    assert start.keys() == encoder.keys()
-    assert same(start, encoder) == (method == "finetuned")
-    assert not any(torch.equal(end[k], start[k]) for k in end if k.endswith("weight"))
-    assert same(model.state_dict(), before)
-    assert trainings.classifier[1].out_features == 3
-    assert len(rows_of(trainings.inputs)) == 20
-    generator = torch.Generator().manual_seed(0)
-    prepared, views = trainings.prepare(trainings.inputs, generator), trainings.inputs
-    if method != "supervised":  # mild crops and flips
-        mild = simsiam.Config(crop_scale_min=0.8)
-        views = 255 * pretraining.crop_views(
-            views, mild, torch.Generator().manual_seed(0), crop_only=True
-        )
-    torch.testing.assert_close(prepared, normalized(views, data.train), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("method", "count", "held"),
-    [("supervised-tuned", 35, 3), ("finetuned", 30, 3), ("supervised-tuned", 90, 9)],
-)
-def test_selection_is_on_a_tenth_of_each_class(fabric, trainings, method, count, held):
-    data, model = noise_data(30, 30, 30), pretrained()
-    study = few_labels.Study(model.encoder, data, settings(), fabric)
-    chosen = few_labels.draw_labels(data.train.labels, count, 0)
-    study.predict(method, chosen, 0)
-    labelled, fitted = rows_of(data.train.images[chosen]), rows_of(trainings.inputs)
-    (held_out,) = {frozenset(rows_of(images)) for images in trainings.looked_at}
-    assert len(held_out) == held
-    assert len(fitted) == count - held
-    assert held_out | fitted == labelled  # all used, and none of another image or of the test set
-    of = {
-        tuple(x.flatten().tolist()): y.item()
-        for x, y in zip(data.train.images, data.train.labels, strict=True)
-    }
-    counts = np.bincount([of[row] for row in held_out], minlength=3)
-    assert counts.tolist() == [held // 3] * 3
-
-
-def test_selection_is_on_every_class_of_unequal_ones(fabric, trainings):
-    data = noise_data(30, 30, 300)
-    study = few_labels.Study(pretrained().encoder, data, settings(label_steps=1), fabric)
-    study.predict("finetuned", few_labels.draw_labels(data.train.labels, 360, 0), 0)
-    held_out = rows_of(trainings.looked_at[0])
-    images = zip(data.train.images, data.train.labels, strict=True)
-    classes = {y.item() for x, y in images if tuple(x.flatten().tolist()) in held_out}
-    assert classes == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("method", "count"), [("supervised", 90), ("linear", 90), ("mlp", 90), ("finetuned", 27)]
-)
-def test_nothing_is_held_out_without_selection_or_with_few_labels(fabric, trainings, method, count):
-    data = noise_data(30, 30, 30)
-    study = few_labels.Study(pretrained().encoder, data, settings(), fabric)
-    study.predict(method, few_labels.draw_labels(data.train.labels, count, 0), 0)
-    assert len(trainings.inputs) == count
-    assert trainings.looked_at == []
-
-
-@pytest.mark.parametrize(("steps", "every"), [(20, 1), (50, 3)])
-def test_the_weights_with_the_lowest_held_out_loss_are_kept(
-    fabric, trainings, monkeypatch, steps, every
-):
-    monkeypatch.setattr(few_labels, "crop_views", lambda images, *_, **__: images / 255)
-    data = noise_data(30, 30, 30)  # nothing to learn: the loss on other images rises
-    study = few_labels.Study(pretrained().encoder, data, settings(label_steps=steps), fabric)
-    chosen = few_labels.draw_labels(data.train.labels, 90, 0)
-    held = chosen[-9:]
-    trainings.held_out = (data.train.images[held], data.train.labels[held], data.train)
-    study.predict("supervised-tuned", chosen, 0)
-    assert len(trainings.held_out_losses) == steps  # all in one batch: a step per epoch
-    losses = trainings.held_out_losses[every - 1 :: every]
-    assert min(losses) < losses[-1] - 1e-3
-    assert trainings.loss(trainings.classifier) == pytest.approx(min(losses), abs=1e-5)
-
-
-RATES = {"supervised": (1e-3, 0.0), "finetuned": (3e-4, 0.01)}  # the plain one has no decay
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_rates_and_weight_decay_are_those_of_the_method(fabric, trainings, method):
-    data = noise_data(10, 10, 10)
-    study = few_labels.Study(pretrained().encoder, data, settings(label_steps=1), fabric)
-    study.predict(method, few_labels.draw_labels(data.train.labels, 20, 0), 0)
-    (group,) = trainings.optimizer.param_groups
-    assert type(trainings.optimizer) is torch.optim.AdamW
-    rate, decay = RATES.get(method, (1e-3, 0.01))
-    assert trainings.optimizer.defaults["lr"] == rate
-    assert group["weight_decay"] == decay
-    assert len(group["params"]) == len(list(trainings.classifier.parameters()))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_test_images_change_nothing_in_the_training(fabric, trainings, method):
-    data, trained = noise_data(30, 30, 30), []
-    other = datasets.Split(data.test.images.flip(0) // 3, data.test.labels.flip(0))
-    other = other.normalized_as(data.train)
-    chosen = few_labels.draw_labels(data.train.labels, 60, 1)
-    for test in (data.test, other):
-        changed = dataclasses.replace(data, test=test)
-        study = few_labels.Study(pretrained().encoder, changed, settings(), fabric)
-        predictions = study.predict(method, chosen, 1)
-        trained.append(copy_of(trainings.classifier))
-        assert predictions.shape == (60,)
-    assert same(*trained)
+def test_a_run_of_a_version_with_the_study_goes_on(pretrained, tmp_path):
+    record = json.loads((Path(pretrained["a"]) / "config.json").read_text())
+    record |= {"stages": "pretrain,probe,study", "labels": "10,all", "label_seeds": 5}
+    (tmp_path / "config.json").write_text(json.dumps(record | {"label_steps": 2000}))
+    config = settings.load_config(simsiam.Config, tmp_path)
+    assert config.stages == "pretrain,probe"
+    words = settings.changed_flags(record, simsiam.Config)
+    assert words["--stages"] == ["--stages", "pretrain,probe"]
+    with pytest.raises(UserError, match="--stages knows pretrain,probe,embed"):
+        simsiam.Config(stages="pretrain,study")

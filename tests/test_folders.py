@@ -701,7 +701,9 @@ def test_the_first_broken_image_stops_when_asked_to(tmp_path, decoded, user_erro
         (tmp_path / "in" / name).write_text("no image")
     paths = folders.image_files(tmp_path / "in")
     with user_error(tmp_path / "in" / "0000.png", "no image format"):
-        folders.decode_readable(paths, tmp_path / "in", tmp_path / "data", 8, stop=True)
+        folders.decode_readable(
+            paths, tmp_path / "in", tmp_path / "data", 8, decoding.PixelRules(), stop=True
+        )
     assert len(decoded) < 1800
     assert cache_files(tmp_path / "data") == []
 

@@ -191,7 +191,7 @@ class Config(
     """A script's settings, as small as they get."""
 
     SCRIPT = "tiny"
-    STAGES = ("pretrain", "embed", "study", "first", "second")
+    STAGES = ("pretrain", "embed", "first", "second")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ class Config(
     [
         ("--batch-size 1", "--batch-size must be at least 2"),
         ("--epochs 0", "--epochs must be at least 1"),
-        ("--stages pretrain,bake", "--stages knows pretrain,embed,study,first,second"),
+        ("--stages pretrain,bake", "--stages knows pretrain,embed,first,second"),
         ("--jitter 1 1 1 0.7", "hue <= 0.5"),
         ("--jitter 1 -1 1 0", "not below 0"),
         ("--crop-scale-min 0", "--crop-scale-min"),
@@ -774,7 +774,6 @@ def test_without_labels_the_map_alone_is_made(tmp_path, capsys):
     [
         ({"stages": "first"}, 28, True, ("without pretrain", "--resume")),
         ({"batch_size": 30}, 28, True, ("--batch-size 30", "28 images")),
-        ({"stages": "pretrain,study", "labels": "29,500"}, 28, True, ("--labels 29,500", "28")),
         ({"stages": "pretrain,embed", "batch_size": 2}, 4, False, ("at least 5", "not 4")),
     ],
 )
@@ -812,12 +811,11 @@ def test_stages_alone_need_a_finished_run(tmp_path, monkeypatch, user_error):
 
 def test_a_finished_run_is_evaluated_again_with_other_settings_of_evaluation_only(whole):
     config = make_config(whole.parents[1], resume=str(whole))
-    changes = {"probe_epochs": 2, "labels": "5", "label_seeds": 3, "label_steps": 9}
-    changes |= {"few_labels": 0, "pixel_baseline": True, "stages": "first"}
+    changes = {"probe_epochs": 2, "few_labels": 0, "pixel_baseline": True, "stages": "first"}
     seen = []
-    stages = {"first": lambda model, data, config, *_: seen.append(config.label_steps)}
+    stages = {"first": lambda model, data, config, *_: seen.append(config.probe_epochs)}
     experiment(dataclasses.replace(config, **changes), stages=stages)
-    assert seen == [9]
+    assert seen == [2]
     for name, value in {"epochs": 2, "jitter_probability": 0.1, "weight_decay": 1.0}.items():
         with pytest.raises(UserError, match=flags.flag(name)):
             experiment(dataclasses.replace(config, **{name: value}))

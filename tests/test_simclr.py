@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from test_pretraining import compute_in_float64, make_data, metrics, noise, state_of, without_times
 from test_simclr_loss import loop_over_positives
 
-import few_labels
 import functions
 import simclr
 from support import (
@@ -513,14 +512,12 @@ def test_the_probe_reports_the_last_epoch_of_the_saved_encoder(finished):
 
 
 def test_stages_run_alone_and_leave_the_others_files_alone(finished, monkeypatch):
-    monkeypatch.setattr(few_labels, "study_stage", lambda *_: {"study": "done"})
     mine = ("checkpoint.pt", "encoder.safetensors", "loss.png", "metrics.csv")
     before = {name: (finished.folder / name).read_bytes() for name in mine}
     config = settings.load_config(simclr.Config, finished.folder)
-    again = dataclasses.replace(config, resume=str(finished.folder), stages="probe,embed,study")
+    again = dataclasses.replace(config, resume=str(finished.folder), stages="probe,embed")
     (finished.folder / "probe.png").unlink()
     second = simclr.main(again)
-    assert second.pop("study") == "done"
     keep = [
         {k: v for k, v in s.items() if not k.endswith("seconds")}
         for s in (finished.summary, second)
@@ -629,7 +626,7 @@ def test_real_images(tmp_path, monkeypatch):
         ("--temperature 1e-40", "--temperature must be"),
         ("--projection-size 0", "--projection-size must be at least 1"),
         ("--finetune-epochs 0", "--finetune-epochs must be at least 1"),
-        ("--stages pretrain,bake", "--stages knows pretrain,probe,embed,finetune,study"),
+        ("--stages pretrain,bake", "--stages knows pretrain,probe,embed,finetune"),
     ],
 )
 def test_user_mistakes_are_one_line_and_leave_nothing_behind(

@@ -15,7 +15,6 @@ from test_pretraining import compute_in_float64, make_data, metrics, noise, stat
 from test_randaugment import naive_chains
 from torch import nn
 
-import few_labels
 import functions
 import simsiam
 from support import devices, pretraining, randaugment, runs, settings
@@ -24,7 +23,7 @@ ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png views.png "
     "report.html probe.csv probe.png per_class_accuracy.png confusion_matrix.png embeddings.npz "
     "umap_z.png umap_z.csv predictions.npz embedding.html umap_p.png umap_p.csv "
-    "label_efficiency.csv label_efficiency.png checkpoints probe.safetensors"
+    "checkpoints probe.safetensors"
 )
 
 
@@ -361,9 +360,6 @@ def finished(tmp_path_factory):
         batch_size=64,
         probe_epochs=20,
         keep_every=2,
-        labels="20,all",
-        label_seeds=2,
-        label_steps=6,
         seed=3,
         device="cpu",
         output_dir=str(folder),
@@ -380,17 +376,14 @@ def test_a_run_makes_every_artifact_and_learns(finished):
     assert sorted(path.name for path in folder.iterdir()) == sorted(ARTIFACTS.split())
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch2.pt", "epoch4.pt"}
     assert summary == json.loads((folder / "summary.json").read_text())
-    stages = {"pretrain_seconds", "probe_seconds", "embed_seconds", "study_seconds"}
+    stages = {"pretrain_seconds", "probe_seconds", "embed_seconds"}
     assert stages | {"knn_accuracy", "seconds", "per_class_accuracy"} <= summary.keys()
     assert summary["linear_probe_accuracy"] > 0.8  # raw pixels would give as much, chance 0.1
     rows = metrics(folder)
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) < 0
     assert all(float(row["embedding_std"]) > 0.5 / math.sqrt(128) for row in rows)
-    assert list(summary["label_efficiency"]) == list(few_labels.STUDY)
-    for table in summary["label_efficiency"].values():
-        assert list(table) == ["20", "1437"]
     config = json.loads((folder / "config.json").read_text())
-    assert (config["script"], config["encoder"], config["labels"]) == ("simsiam", "small", "20,all")
+    assert (config["script"], config["encoder"]) == ("simsiam", "small")
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert image.width >= 800
@@ -438,7 +431,7 @@ def test_the_maps_are_of_z_and_p(finished):
         ("--magnitude -1", "--magnitude must be in [0, 30], not -1"),
         ("--encoder resnet18 --view-size 8", "--view-size needs --augmentation crop"),
         ("--head linear", "invalid choice"),
-        ("--stages pretrain,finetune", "--stages knows pretrain,probe,embed,study"),
+        ("--stages pretrain,finetune", "--stages knows pretrain,probe,embed"),
     ],
 )
 def test_bad_flags_are_one_line(user_error, line, words):

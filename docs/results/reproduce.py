@@ -29,6 +29,8 @@ def commands(committed: dict, name: str) -> list[list[str]]:
         made = [[f"{script}.py", "--resume", folder]]
     for resumed in committed.get("resumed", [])[-1:]:
         words = shlex.split(resumed["command"])
+        if "study" in words:  # a stage of older versions, which few_labels.py has replaced
+            continue
         words[words.index("--resume") + 1] = folder
         made.append(words)
     return made

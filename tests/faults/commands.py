@@ -22,19 +22,18 @@ import functions
 REPOSITORY = Path(functions.__file__).resolve().parent
 
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
-STUDY = ["--labels", "20", "--label-seeds", "2", "--label-steps", "5"]
 DIGITS += ["--checkpoint-seconds", "0"]  # after each epoch
 PRETRAINING = [*DIGITS, "--encoder", "small", "--epochs", "5", "--batch-size", "128"]
-PRETRAINING += ["--knn-every", "2", "--keep-every", "2", "--probe-epochs", "3", *STUDY]
+PRETRAINING += ["--knn-every", "2", "--keep-every", "2", "--probe-epochs", "3"]
 RECURRENT = [*DIGITS, "--cells", "rnn,gru", "--hidden-size", "16", "--l2", "8", "--l3", "8"]
 CONTRASTIVE = [*PRETRAINING, "--projection-hidden", "32", "--projection-size", "16"]
 FLAGS = {
     "rnn": [*RECURRENT, "--epochs", "6", "--patience", "1"],
     "simclr": [
         *(*CONTRASTIVE, "--finetune-epochs", "2"),
-        *("--stages", "pretrain,probe,embed,finetune,study"),
+        *("--stages", "pretrain,probe,embed,finetune"),
     ],
-    "simsiam": [*PRETRAINING, "--stages", "pretrain,probe,embed,study"],
+    "simsiam": [*PRETRAINING, "--stages", "pretrain,probe,embed"],
     "moco": [
         *(*PRETRAINING, "--projection-size", "16", "--queue-size", "256"),
         *("--finetune-epochs", "2", "--stages", "pretrain,probe,embed,finetune"),

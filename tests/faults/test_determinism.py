@@ -69,8 +69,8 @@ def test_later_stages_and_their_pictures_change_nothing_before_them(made, script
 @pytest.mark.parametrize(
     ("script", "stage"),
     [
-        *(("simclr", stage) for stage in ("probe", "embed", "finetune", "study")),
-        *(("simsiam", stage) for stage in ("probe", "embed", "study")),
+        *(("simclr", stage) for stage in ("probe", "embed", "finetune")),
+        *(("simsiam", stage) for stage in ("probe", "embed")),
         *(("moco", stage) for stage in ("probe", "embed", "finetune")),
     ],
 )
@@ -80,7 +80,6 @@ def test_a_stage_does_not_depend_on_the_stages_before_it(made, script, stage):
         "probe": ["probe.csv", "predictions.npz"],
         "embed": ["embeddings.npz"],
         "finetune": ["finetune.csv", "finetuned_encoder.safetensors"],
-        "study": ["label_efficiency.csv"],
     }
     for name in ("encoder.safetensors", *names[stage]):
         assert alone[name] == whole[name], name
@@ -91,7 +90,6 @@ def test_a_stage_does_not_depend_on_the_stages_before_it(made, script, stage):
 def test_a_finished_run_that_is_evaluated_again_says_the_same(made, tmp_path):
     commands, folder = Commands(tmp_path), made("simclr", again="to be evaluated again")
     before = result(folder)
-    (folder / "label_efficiency.csv").unlink()  # or the study would take its rows
-    flags = ["--stages", "probe,embed,finetune,study"]
+    flags = ["--stages", "probe,embed,finetune"]
     assert commands.run(["simclr.py", "--resume", str(folder), *flags])[0] == 0
     assert differences(before, result(folder)) == []

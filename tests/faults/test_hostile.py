@@ -29,7 +29,6 @@ import sys
 import tarfile
 import time
 import traceback
-import types
 import typing
 import zipfile
 import zlib
@@ -77,9 +76,6 @@ def small_config(folder):
         projection_hidden=16,
         stages="pretrain",
         knn_every=0,
-        labels="4,8",
-        label_seeds=2,
-        label_steps=2,
         checkpoint_seconds=0.0,
         device="cpu",
         output_dir=str(folder),
@@ -266,16 +262,6 @@ def load_resumed(folder):
     return rows_of(folder / "metrics.csv")
 
 
-class Trainer:
-    """In place of `few_labels.Study`: predicts untrained."""
-
-    def __init__(self, *_):
-        pass
-
-    def predict(self, method, chosen, seed):
-        return torch.tensor([len(chosen) + 3 * seed + len(method), 1, 2, 3] * 2) % 4
-
-
 def tiny_data():
     split = datasets.Split(torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 4)
     test = datasets.Split(split.images[:8], split.labels[:8])
@@ -283,14 +269,15 @@ def tiny_data():
 
 
 def load_labels(folder):
-    few_labels.Study = Trainer
-    model = types.SimpleNamespace(encoder=None)
-    few_labels.study_stage(model, tiny_data(), small_config(folder), folder, None)
+    few_labels.main(settings.parse_config(few_labels.Config, ["--resume", str(folder)], ""))
 
 
 def make_labels(folder):
-    assert forked(lambda: (quiet(), load_labels(folder))).kind == "returned"
-    return folder
+    values = {"dataset": "digits", "methods": "mean", "labels": "20,40", "quick_draws": 3}
+    values |= {"output_dir": str(folder), "name": "run", "device": "cpu"}
+    config = few_labels.Config(**values)
+    assert forked(lambda: (quiet(), few_labels.main(config))).kind == "returned"
+    return folder / "few_labels" / "run"
 
 
 def load_predictions(folder):
@@ -355,7 +342,7 @@ KINDS = {
     "compared runs": Kind(80, make_pair, "*[yg].json", load_pair, believed, mutate_json),
     "compared tables": Kind(40, make_pair, "metrics.csv", load_pair, believed),
     "metrics.csv": Kind(10, make_run, "metrics.csv", load_resumed),  # it is written anew
-    "label_efficiency.csv": Kind(80, make_labels, "label*.csv", load_labels, believed),
+    "few_labels.csv": Kind(80, make_labels, "few_labels.csv", load_labels, believed),
     "predictions.npz": Kind(40, make_predictions, "*.npz", load_predictions),
     "CIFAR batches": Kind(60, make_cifar_batches, "*/*batch*", load_cifar),
     "CIFAR archive": Kind(40, make_cifar_archive, "*.gz", load_cifar),
@@ -745,7 +732,7 @@ def run_file(name, content=None, link=None):
             (run / name).symlink_to(link)
         else:
             (run / name).write_text(content)
-        load = {"summary.json": load_summary, "label_efficiency.csv": load_labels}
+        load = {"summary.json": load_summary}
         return lambda: load.get(name, load_config)(run)
 
     return make
@@ -785,7 +772,6 @@ HOSTILE = {
     "config.json: a device": run_file("config.json", link="/dev/zero"),
     "summary.json: a device": run_file("summary.json", link="/dev/zero"),
     "summary.json: deep lists": run_file("summary.json", '{"a": ' + DEEP_JSON + "}"),
-    "label_efficiency.csv: a device": run_file("label_efficiency.csv", link="/dev/zero"),
     "best.json: deep lists": deep_best,
 }  # fmt: skip
 

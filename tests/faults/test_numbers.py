@@ -60,8 +60,7 @@ class Poison(torch.autograd.Function):
 
 PRETRAINING = {"dataset": "digits", "encoder": "small", "epochs": 3, "batch_size": 256}
 PRETRAINING |= {"knn_every": 0, "probe_epochs": 3, "few_labels": 0, "device": "cpu"}
-PRETRAINING |= {"labels": "100", "label_seeds": 2, "label_steps": 4, "name": "run"}
-PRETRAINING |= {"checkpoint_seconds": 0.0}
+PRETRAINING |= {"name": "run", "checkpoint_seconds": 0.0}
 STEPS = 5  # of an epoch of 1,437 images
 ROWS = {"dataset": "digits", "cells": "gru", "hidden_size": 8, "batch_size": 256, "epochs": 3}
 ROWS |= {"device": "cpu", "name": "run", "checkpoint_seconds": 0.0}
@@ -84,8 +83,7 @@ def pretraining(module, stage, where, **changes):
 
 
 # `where` are steps: in a later epoch, and the last one, which no other loss follows; each with its
-# epoch and its number there. A training of the study takes 4 steps in 4 epochs, the probe 3 in
-# each of 3.
+# epoch and its number there. The probe takes 3 steps in each of 3 epochs.
 USUAL = {8: (2, 3), 15: (3, 5)}
 TRAININGS = {
     "simclr": pretraining(simclr, "pretrain", USUAL),
@@ -100,7 +98,6 @@ TRAININGS = {
         where=USUAL,
     ),
     "finetune": pretraining(simclr, "finetune", USUAL, finetune_epochs=3),
-    "study": pretraining(simclr, "study", {7: (3, 1), 40: (4, 1)}),
     "probe": pretraining(simclr, "probe", {5: (2, 2), 9: (3, 3)}),
 }
 EVERYWHERE = [(name, step) for name, training in TRAININGS.items() for step in training.where]
@@ -247,7 +244,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         code, errors = on_terminal(training, *arguments_of(training, tmp_path))
     assert code == 1
     (line,) = errors
-    epoch, within = training.where[step]  # the study's are those of one of its trainings
+    epoch, within = training.where[step]
     assert f"epoch {epoch}, step {within}" in line
     assert str(folder) in shlex.split(line[line.index("python ") :])
     before = 0 if training.stage in ("pretrain", "train") else 3 * STEPS

@@ -1,0 +1,147 @@
+"""Features in files that processes share, and label spreading over their nearest neighbours.
+
+N training images, M test images, D features, k neighbours of each, n labelled images, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support import files, neighbours
+
+DIMENSIONS = 192  # of the space in which neighbours are looked for
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder, or the pixels themselves, say of the images.
+
+    `train` `(N, D)` and `test` `(M, D)` are standardised. `near` are the similarities and positions
+    of each image's nearest others, as `neighbours.find_nearest` gives them; `test_near` those of
+    the test images among the training images. In a transductive comparison there is no `test_near`,
+    but the test images are the last of those in `near`.
+    """
+
+    train: Tensor
+    test: Tensor
+    near: tuple[np.ndarray, np.ndarray] | None
+    test_near: tuple[np.ndarray, np.ndarray] | None
+
+    @functools.cached_property
+    def graph(self) -> Any:
+        """The sparse matrix S of label spreading."""
+        return normalized_graph(*self.near)
+
+
+def whiten(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions `(N, d)` and `(M, d)`, of length 1, of standardised features in whitened PCA.
+
+    The largest components would drown the others, and the smallest are noise: those below a
+    twentieth of the largest are not raised to it.
+    """
+    size = min(DIMENSIONS, *train.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the random projection that the decomposition begins with
+        _, values, axes = torch.pca_lowrank(train, size, center=False)
+    axes = axes / values.clamp(min=values[0] / 20)
+    return F.normalize(train @ axes, dim=1), F.normalize(test @ axes, dim=1)
+
+
+def write_features(folder: Path, train: Tensor, test: Tensor, k: int, transductive: bool) -> None:
+    """Write standardised features and the `k` nearest neighbours for `read_features`; k may be 0.
+
+    `train.npy` comes last: a folder that has it is complete.
+    """
+    arrays = {}
+    if k:
+        bank, queries = whiten(train, test)
+        if transductive:
+            bank = torch.cat([bank, queries])
+        else:
+            found = neighbours.find_nearest(queries, bank, k)
+            arrays["test_near"], arrays["test_where"] = found
+        arrays["near"], arrays["where"] = neighbours.find_nearest(bank, bank, k)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in {**arrays, "test": test, "train": train}.items():
+        with files.atomic_file(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, values.cpu().numpy())
+
+
+def read_features(folder: Path, device: torch.device) -> Features:
+    """What `write_features` wrote; on a CPU processes share the memory."""
+    arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
+    near, test_near = (
+        (arrays[a], arrays[b]) if a in arrays else None
+        for a, b in (("near", "where"), ("test_near", "test_where"))
+    )
+    train, test = (torch.from_numpy(arrays[name]).to(device) for name in ("train", "test"))
+    return Features(train, test, near, test_near)
+
+
+def edge_weights(similarity: np.ndarray) -> np.ndarray:
+    """The weight of an edge between two images of this cosine similarity, which is not negative."""
+    return np.maximum(similarity, 0)
+
+
+def normalized_graph(similarity: np.ndarray, index: np.ndarray) -> Any:
+    """S = D^-1/2 W D^-1/2 (Zhou et al. 2003, section 2, step 2), sparse, `(N, N)`.
+
+    W sums the edges of both directions, and D is the diagonal of its rows' sums.
+
+    Args:
+        similarity: `(N, k)`, cosines to each image's nearest others.
+        index: `(N, k)`, their positions.
+    """
+    from scipy import sparse
+
+    count, k = index.shape
+    values = edge_weights(similarity).astype(np.float64).ravel()
+    edges = (values, index.ravel(), np.arange(0, count * k + 1, k))
+    w = sparse.csr_array(edges, shape=(count, count))
+    w = w + w.T
+    scale = sparse.diags_array(1 / np.sqrt(np.maximum(w.sum(1), 1e-12)))
+    return (scale @ w @ scale).tocsr()
+
+
+def spread(graph: Any, chosen: np.ndarray, marks: np.ndarray, alpha: float) -> np.ndarray:
+    """Class scores F = (I - alpha S)^-1 Y (Zhou et al. 2003, equation 4) of all images, `(N, K)`.
+
+    Each class then gets the mass that its share of the labelled images is (class mass
+    normalisation, Zhu et al. 2003, section 4), so that none floods the others.
+
+    Args:
+        graph: S, from `normalized_graph`.
+        chosen: `(n,)`, the positions of the labelled images.
+        marks: `(n, K)`, their rows of Y, 1 for the class.
+        alpha: in (0, 1), the share that an image takes from its neighbours.
+    """
+    from scipy.sparse.linalg import LinearOperator, cg
+
+    y = np.zeros((graph.shape[0], marks.shape[1]))
+    y[chosen] = marks
+    # All classes at once: the matrix is the same, and a product with K columns reads it once.
+    system = LinearOperator(
+        (y.size, y.size), lambda f: f - alpha * (graph @ f.reshape(y.shape)).ravel(), dtype=float
+    )
+    solution, _ = cg(system, y.ravel(), rtol=1e-6)
+    scores = np.maximum(solution.reshape(y.shape), 0)
+    return scores * marks.sum(0) / np.maximum(scores.sum(0), 1e-12)
+
+
+def average_neighbours(scores: np.ndarray, similarity: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Scores `(M, K)` of new images: those of their neighbours, weighted as the edges are.
+
+    Args:
+        scores: `(N, K)`, of the images that have some.
+        similarity: `(M, k)`, cosines of each new image to its nearest ones.
+        index: `(M, k)`, their positions.
+    """
+    return np.einsum("mk,mkc->mc", edge_weights(similarity), scores[index])

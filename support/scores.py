@@ -1,0 +1,137 @@
+"""The trainings of a comparison by number of labels: what each got, their means, their differences.
+
+A row is a training: the fields of its `Task`, `accuracy` and `macro_f1` in [0, 1], `seconds`, and
+`name`, the line of the table that it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from support import progress
+
+Rows = Sequence[dict[str, Any]]
+
+
+class Task(NamedTuple):
+    """A training: of a method, from a run (`simsiam/A`), from `pixels` or from `nothing`."""
+
+    method: str
+    start: str
+    labels: int
+    draw: int
+
+
+def task_of(row: dict[str, Any]) -> Task:
+    """The task that a row is of."""
+    return Task(*(row[name] for name in Task._fields))
+
+
+def estimate_time(tasks: Sequence[Task], rows: Rows, workers: int) -> str:
+    """How long so many trainings take, by those that are done."""
+    spent: dict[tuple[str, bool, int], list[float]] = {}
+    for row in rows:
+        spent.setdefault(_kind(task_of(row)), []).append(row["seconds"])
+    kinds = [_kind(task) for task in tasks]
+    seconds = sum(float(np.mean(spent[kind])) for kind in kinds if kind in spent) / workers
+    words = "about" if all(kind in spent for kind in kinds) else "more than"
+    return f"{words} {progress.format_seconds(seconds)}"
+
+
+def _kind(task: Task) -> tuple[str, bool, int]:
+    """What tasks share that take as long as each other."""
+    return task.method, task.start == "pixels", task.labels
+
+
+def summarize(rows: Rows, start_seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Mean and sd over runs and draws, in [0, 1], of each name and number of labels.
+
+    `minutes` are those of one training and of what its start took (`start_seconds`, by name).
+    """
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["name"], row["labels"]), []).append(row)
+    scores = []
+    for (name, count), members in cells.items():
+        score: dict[str, Any] = {"name": name, "labels": count}
+        for key in ("accuracy", "macro_f1"):
+            values = [row[key] for row in members]
+            score[key] = float(np.mean(values))
+            score[f"{key}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        spent = [row["seconds"] + start_seconds.get(row["start"], 0.0) for row in members]
+        score |= {"minutes": float(np.mean(spent)) / 60, "trainings": len(members)}
+        scores.append(score | {"runs": len({row["start"] for row in members})})
+    return scores
+
+
+def find_differences(rows: Rows, scores: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]:
+    """What each name has over the best of its rivals for so many labels, in accuracy.
+
+    The best is the one with the largest mean. Differences are paired: both on the same draws, each
+    the mean over the runs of a name. `low` and `high` are the 95 % interval of Student over the
+    draws; it speaks of these encoders, and what other pretraining seeds would bring is in the sd.
+    """
+    from scipy import stats
+
+    by_draw: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for row in rows:
+        draws = by_draw.setdefault((row["name"], row["labels"]), {})
+        draws.setdefault(row["draw"], []).append(row["accuracy"])
+    found = []
+    for (name, count), mine in by_draw.items():
+        others = [s for s in scores if s["name"] in rivals and s["labels"] == count]
+        if name in rivals or not others:
+            continue
+        best = max(others, key=lambda score: score["accuracy"])["name"]
+        theirs = by_draw[best, count]
+        both = sorted(mine.keys() & theirs.keys())
+        gaps = [float(np.mean(mine[draw]) - np.mean(theirs[draw])) for draw in both]
+        row = {"name": name, "labels": count, "opponent": best, "draws": len(gaps)}
+        row |= {"difference": float(np.mean(gaps)), "low": None, "high": None}
+        if len(gaps) > 1:
+            half = float(stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1))
+            row |= {"low": row["difference"] - half, "high": row["difference"] + half}
+        found.append(row)
+    return found
+
+
+def make_tables(scores: Rows, differences: Rows) -> str:
+    """Markdown tables of accuracy, macro-F1, differences and minutes by number of labels."""
+
+    def percent(row: dict[str, Any], key: str) -> str:
+        deviation = row[f"{key}_sd"]
+        return f"{100 * row[key]:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+    def points(row: dict[str, Any]) -> str:
+        interval = ""
+        if row["low"] is not None:
+            interval = f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        return f"{100 * row['difference']:+.1f}{interval}"
+
+    parts = []
+    for title, rows, cell in (
+        ("accuracy in %, mean ± sd", scores, lambda row: percent(row, "accuracy")),
+        ("macro-F1 in %, mean ± sd", scores, lambda row: percent(row, "macro_f1")),
+        ("points over the best without pretraining, 95 %", differences, points),
+        ("minutes, with the pretraining", scores, lambda row: f"{row['minutes']:.1f}"),
+    ):
+        counts = sorted({row["labels"] for row in rows})
+        lines: dict[str, dict[int, str]] = {}
+        for row in rows:
+            lines.setdefault(row["name"], {})[row["labels"]] = cell(row)
+        table = [[title, *(f"{count:,}" for count in counts)]]
+        table += [[name, *(cells.get(n, "") for n in counts)] for name, cells in lines.items()]
+        if lines:
+            parts.append("\n".join(markdown_lines(table)))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, head first, whose columns are as wide as their texts."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
+    head, *rest = ["| " + " | ".join(row) + " |" for row in padded]
+    return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rest]
