@@ -13,10 +13,9 @@ from test_pretraining import compute_in_float64, make_data, metrics, state_of, w
 from torch import nn
 
 import compare
-import embed
 import functions
 import moco
-from support import devices, encoders, pretraining, runs, settings
+from support import devices, encoders, frozen, pretraining, runs, settings
 
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json embeddings.npz "
@@ -382,9 +381,9 @@ def test_the_encoders_file_is_the_query_encoder(finished):
     for name, value in weights.items():
         assert torch.equal(value, state[f"encoder.{name}"])
     assert not torch.equal(weights["0.weight"], state["key_encoder.0.0.weight"])
-    frozen = embed.load_encoder(finished, "cpu")
+    encoder = frozen.load_encoder(finished, "cpu")
     test = functions.load_images("digits").measured().test
-    features = functions.extract_features(frozen.network, test, frozen.fabric)
+    features = functions.extract_features(encoder.network, test, encoder.fabric)
     assert np.array_equal(features.numpy(), np.load(finished / "embeddings.npz")["features"])
 
 
