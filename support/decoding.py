@@ -170,8 +170,7 @@ def _needs_tifffile(path: Path, rules: PixelRules) -> bool:
         or (bits > 8 and tags.get(277, 1) > 1)  # it takes the upper bytes, or noise
         or 0 in tags.get(338, ())  # further channels, which it drops
         or (bits == 8 and signed)
-        or (bits == 32 and 339 not in tags)
-        or (bits == 32 and 1 in tags.get(339, ()))  # unsigned, which it takes for signed
+        or (bits == 32 and 1 in tags.get(339, (1,)))  # unsigned, which it takes for signed
     )
 
 

@@ -16,7 +16,7 @@ import embed
 import functions
 import rnn
 import simclr
-from support import augment, checkpoints, datasets, decoding, files, randaugment, settings
+from support import augment, checkpoints, datasets, decoding, files, folders, randaugment, settings
 
 needs_tifffile = pytest.mark.skipif(
     importlib.util.find_spec("tifffile") is None, reason="needs tifffile"
@@ -140,6 +140,27 @@ def test_one_range_for_all_is_that_of_the_training_images(tmp_path):
     assert given.value_range == (100, 500)
     assert given.train.images[:, 0, 0, 0].tolist() == [255, 0]
     assert given.test.images[:, 0, 0, 0].tolist() == [255, 255]
+
+
+def test_an_image_that_can_be_read_again_has_the_range_of_the_others(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name, value in (("a", 4000), ("b", 200)):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "in" / f"{name}.png")
+    paths = [tmp_path / "in" / "a.png", tmp_path / "in" / "b.png"]
+    read_image = decoding.read_image
+
+    def unplugged(path, *others):
+        if path.name == "b.png":
+            raise OSError(5, "Input/output error")
+        return read_image(path, *others)
+
+    arguments = (paths, tmp_path / "in", tmp_path / "data", 8, decoding.PixelRules())
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "read_image", unplugged)
+        assert list(folders.decode_readable(*arguments)[1]) == [1]
+    images, broken, value_range = folders.decode_readable(*arguments)
+    assert (broken, value_range) == ({}, (0, 4095))
+    assert images[1].unique().tolist() == [round(200 * 255 / 4095)]
 
 
 @needs_tifffile

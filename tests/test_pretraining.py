@@ -222,7 +222,7 @@ class Config(
         ("--encoder resnet18 --view-size 8,", "whole numbers from 1 to 9,999"),
         (f"--encoder resnet18 --view-size {'1' * 5000}", "whole numbers from 1 to 9,999"),
         ("--encoder resnet18 --view-size 8,8,8,16", "more parts"),
-        ("--encoder resnet19", "invalid choice"),
+        ("--encoder resnet19", "timm:NAME"),
         ("--resume nowhere", "not a run folder"),
         ("--epoch 3", "unrecognized arguments"),
     ],
@@ -692,7 +692,8 @@ def test_the_encoders_file_says_how_to_use_it(whole):
     assert facts.pop("std") == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-6)
     assert facts.pop("size") == pixels.shape[2] == pixels.shape[3]
     assert facts.pop("computed_in") == files.read_json(whole / "config.json")["computed_in"]
-    assert facts == {"encoder": "small", "stem": "cifar", "width": 64}
+    rules = {"channels": None, "value_range": None, "stack": "refuse"}
+    assert facts == {"encoder": "small", "stem": "cifar", "width": 64} | rules
     saved = state_of(whole)["model"]
     assert weights.keys() == {"1.weight", "1.bias"}
     for name, value in weights.items():
