@@ -28,7 +28,7 @@ CAUSES = {
     ),
     "low temperature": (
         "bad",
-        "the temperature is so low that each anchor sees a single negative",
+        "the temperature is so low that each anchor sees a few negatives only",
         "a higher --temperature, 0.1 to 0.5",
     ),
     "high temperature": (
@@ -128,8 +128,8 @@ def judge(history: Sequence[dict[str, Any]], method: Method, about: Circumstance
     found = {
         "constant images": about.constant,
         "frozen BatchNorm": about.frozen,
-        # The similarities of n random embeddings are normal with variance 1 / D. The sum of
-        # exp(similarity / temperature) is one term's when 1 / (D temperature^2) > 2 log n, the
+        # The similarities of n random embeddings are normal with variance 1 / D. A few terms make
+        # up the sum of exp(similarity / temperature) when 1 / (D temperature^2) > 2 log n, the
         # freezing of the random energy model (Derrida 1981).
         "low temperature": temperature is not None
         and 2 * about.size * temperature**2 * math.log(max(negatives, 2)) < 1,
