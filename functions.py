@@ -749,6 +749,45 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
     save_figure(figure, path)
 
 
+def plot_neighbours(
+    path: Path, names: Sequence[str], groups: Mapping[str, tuple[Tensor, Tensor | None]], title: str
+) -> None:
+    """A contact sheet: images, each with groups of others beside it.
+
+    Args:
+        path: where the picture goes.
+        names: of the images `(Q,)`.
+        groups: by their heading, pictures `(Q, k, C, h, w)`, uint8, and numbers `(Q, k)` or more
+            to write below them, or None.
+        title: of the sheet.
+    """
+    columns = sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values())
+    height = 1.4 * len(names) + 0.6
+    figure = new_figure(0.8 * columns + 0.2, 0.8 * height)
+    axes = figure.subplots()
+    left = 0.0
+    for heading, (tiles, numbers) in groups.items():
+        axes.text(left, -0.4, heading, size=8, weight="bold")
+        for row in range(len(names)):
+            top = 1.4 * row
+            for i, tile in enumerate(tiles[row]):
+                shown = datasets.as_shown(tile).expand(3, -1, -1)
+                pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
+                box = (left + i, left + i + 0.95, top + 0.95, top)
+                axes.imshow(pixels, extent=box, interpolation="nearest")
+                if numbers is not None:
+                    text = f"{numbers[row, i]:.3f}"
+                    axes.text(left + i + 0.47, top + 1.11, text, size=7, ha="center")
+        left += tiles.shape[1] + 0.2
+    for row, name in enumerate(names):
+        axes.text(0, 1.4 * row - 0.05, plain(name, 80), size=7)
+    axes.set_xlim(-0.05, columns)
+    axes.set_ylim(height - 0.6, -0.6)
+    axes.set_axis_off()
+    axes.set_title(plain(title), size=9, loc="left")
+    save_figure(figure, path)
+
+
 def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
     """The column `loss` of `history` over epochs."""
     figure = new_figure(7, 3.5)

@@ -282,3 +282,15 @@ def as_shown(images: Tensor) -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]; float images as they are."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Colour images `(B, 3, H, W)`, uint8, as an encoder of one or three channels takes them.
+
+    Grey is ITU-R 601's luma, rounded as Pillow does, so that grey pixels keep their value.
+    """
+    if channels == images.shape[1]:
+        return images
+    shares = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 65,536
+    luma = (images.int() * shares).sum(1, keepdim=True)  # (B, 1, H, W)
+    return ((luma + 32768) >> 16).byte()

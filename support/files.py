@@ -40,10 +40,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise UserError unless a folder can be made at `path`, or is there, empty."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK)
+    require(writable, f"cannot write {path}: {there} is no folder that can be written to")
+    full = there == path and any(path.iterdir())
+    require(not full, f"{path} is not empty: give another --output")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, if it is not there; raise UserError if it cannot be made."""
     try:
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -184,7 +184,12 @@ def decode_folder(
 
 
 def decode_readable(
-    paths: list[Path], folder: Path, data_dir: Path, size: int, rules: decoding.PixelRules
+    paths: list[Path],
+    folder: Path,
+    data_dir: Path,
+    size: int,
+    rules: decoding.PixelRules,
+    stop: bool = False,
 ) -> tuple[Tensor, dict[int, str], ValueRange]:
     """As `decode_folder`, with a cache of its own, but what cannot be read is passed over.
 
@@ -192,8 +197,11 @@ def decode_readable(
         `(N, C, size, size)`; for the positions of files that cannot be read the reason; and the
         values that became black and white. What the rows of unreadable files hold means nothing.
         They are tried again at every start.
+
+    Raises:
+        UserError: with `stop`, at the first that cannot be read.
     """
-    return _decode_cached(paths, folder, data_dir, size, rules, len(paths), strict=False)
+    return _decode_cached(paths, folder, data_dir, size, rules, len(paths), False, stop)
 
 
 def _decode_cached(
@@ -204,6 +212,7 @@ def _decode_cached(
     rules: decoding.PixelRules,
     training: int,
     strict: bool,
+    stop: bool = False,
 ) -> tuple[Tensor, dict[int, str], ValueRange]:
     lines = []
     for path in paths:
@@ -223,7 +232,7 @@ def _decode_cached(
     def decode(
         array: np.ndarray, rows: Sequence[int], rules: decoding.PixelRules
     ) -> tuple[dict[int, str], ValueRange]:
-        return _decode_into(array, rows, paths, folder, size, rules, training, strict)
+        return _decode_into(array, rows, paths, folder, size, rules, training, strict, stop)
 
     found = _open_cache(cache, shape)
     if found is not None:
@@ -297,6 +306,7 @@ def _decode_into(
     rules: decoding.PixelRules,
     training: int,
     strict: bool,
+    stop: bool,
 ) -> tuple[dict[int, str], ValueRange]:
     """Decode the paths at `rows` into these rows of `array`, in threads (Pillow releases the lock).
 
@@ -304,8 +314,8 @@ def _decode_into(
     at, with a range for all of them.
 
     Returns:
-        The rows that cannot be read, and why; with `strict` they are a UserError. And the range, if
-        there are such images.
+        The rows that cannot be read, and why; with `strict` they are a UserError, with `stop` the
+        first of them is one at once. And the range, if there are such images.
     """
     from tqdm import tqdm
 
@@ -335,6 +345,10 @@ def _decode_into(
         ):
             for count in pool.map(decode, parts, [rules] * len(parts)):
                 bar.update(count)
+                if failed and stop:
+                    pool.shutdown(cancel_futures=True)
+                    row = min(failed)
+                    raise UserError(f"{paths[row]} cannot be read: {failed[row]}")
         if failed and strict:
             row = min(failed)
             raise UserError(

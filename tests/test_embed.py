@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 import embed
 import functions
 import simclr
-from support import checkpoints, devices, encoders, files
+from support import checkpoints, datasets, devices, encoders, files
 
 REPOSITORY = Path(embed.__file__).resolve().parent
 
@@ -293,7 +293,7 @@ def test_features_of_a_file_alone_are_the_encoders(colour_file, tmp_path):
 def test_colour_images_become_pillows_grey_for_a_grey_encoder():
     pixels = np.random.default_rng(0).integers(0, 256, (500, 40, 3), np.uint8)
     pixels[:10] = pixels[:10, :, :1]  # grey ones
-    seen = embed.as_seen(torch.from_numpy(pixels).permute(2, 0, 1)[None], 1)
+    seen = datasets.with_channels(torch.from_numpy(pixels).permute(2, 0, 1)[None], 1)
     assert np.array_equal(seen[0, 0].numpy(), np.asarray(Image.fromarray(pixels).convert("L")))
     assert np.array_equal(seen[0, 0, :10].numpy(), pixels[:10, :, 0])
 
@@ -391,7 +391,7 @@ def test_broken_images_are_named_and_passed_over(colour_file, mixed, tmp_path, c
 def test_strict_stops_at_a_broken_image(colour_file, mixed, tmp_path, user_error):
     with user_error(mixed / "empty.jpg", "cannot be read"):
         start(colour_file, mixed, tmp_path / "out", "--strict")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     for name in ("empty.jpg", "good2 cut.png", "link.png"):
         (mixed / name).unlink()
     assert start(colour_file, mixed, tmp_path / "out", "--strict").counts["images"] == 5
@@ -561,6 +561,7 @@ def test_mistakes_get_a_line(trained, tmp_path, user_error, monkeypatch):
         (("nowhere",), tmp_path / "nowhere", ()),
         (("full", "not empty"), images, ("--output", "full")),
         (("full/mine.txt",), images, ("--output", "full/mine.txt")),
+        (("cannot write full/mine.txt/a",), images, ("--output", "full/mine.txt/a")),
         (("--neighbours", "0"), images, ("--neighbours", "0")),
         (("--duplicates", "1.5"), images, ("--duplicates", "1.5")),
         (("--duplicates", "nan"), images, ("--duplicates", "nan")),
@@ -569,6 +570,7 @@ def test_mistakes_get_a_line(trained, tmp_path, user_error, monkeypatch):
         with user_error(*words):
             embed.main([str(run), str(folder), *flags])
     assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "full"}
 
 
 def test_output_has_the_names_of_run_and_folder(trained, tmp_path, monkeypatch):

@@ -694,6 +694,20 @@ def test_image_that_can_be_read_again_is(tmp_path, monkeypatch):
     assert (good, broken) == ({"0.png": (0, 255, 0), "1.png": (1, 254, 7)}, {})
 
 
+def test_the_first_broken_image_stops_when_asked_to(tmp_path, decoded, user_error):
+    for i in range(2000):
+        write_image(tmp_path / "in" / f"{i:04}.png", (1, 2, 3))
+    for name in ("0000.png", "0001.png"):
+        (tmp_path / "in" / name).write_text("no image")
+    paths = folders.image_files(tmp_path / "in")
+    with user_error(tmp_path / "in" / "0000.png", "no image format"):
+        folders.decode_readable(
+            paths, tmp_path / "in", tmp_path / "data", 8, decoding.PixelRules(), stop=True
+        )
+    assert len(decoded) < 1800
+    assert cache_files(tmp_path / "data") == []
+
+
 def test_a_folder_to_train_on_and_its_readable_images_have_caches_of_their_own(tmp_path, decoded):
     make_folder(tmp_path / "in", "0.png", "1.png")
     for _ in range(2):

@@ -1,0 +1,90 @@
+"""A finished encoder, read from a run folder or from an `encoder.safetensors` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support import checkpoints, decoding, devices, encoders, files
+from support.errors import UserError, require
+from support.settings import COMPUTED_IN
+
+SIDES = {"cifar10": 32, "fashion-mnist": 28, "digits": 8}  # what --image-size does not change
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A finished encoder and what is known of it.
+
+    `mean` and `std` `(C,)` are those of its training images, `size` their side in pixels, `rules`
+    how their files became pixels. `record` is the run's `config.json`, empty for a file alone.
+    `probe` is empty without a linear probe.
+    """
+
+    network: Any
+    name: str
+    size: int
+    mean: Tensor
+    std: Tensor
+    rules: decoding.PixelRules
+    fabric: Any
+    record: dict[str, Any]
+    probe: dict[str, Tensor]
+    classes: tuple[str, ...]
+
+
+def load_encoder(path: Path, device: str) -> Encoder:
+    """The encoder of a run folder, or in a safetensors file that a run wrote.
+
+    Raises:
+        UserError: there is none, it is damaged, or it does not say what it is.
+    """
+    require(path.exists(), f"there is no run folder or file {path}")
+    file = path / "encoder.safetensors" if path.is_dir() else path
+    require(
+        file.exists(),
+        f"{path} has no encoder.safetensors: it is no finished run of simclr.py, simsiam.py or "
+        "moco.py",
+    )
+    weights, about = checkpoints.load_tensors(file)
+    require(
+        about.keys() >= {"encoder", "stem", "mean", "std"},
+        f"{file} does not say what encoder it is: take encoder.safetensors of a finished run",
+    )
+    folder = file.resolve().parent
+    is_run = file.name == "encoder.safetensors" and (folder / "config.json").exists()
+    record = files.read_json(folder / "config.json") if is_run else {}
+    # Files of older versions name neither the side nor the precision.
+    dataset, side = str(record.get("dataset")), record.get("image_size")
+    size: Any = about.get("size", SIDES.get(dataset, side))
+    require(
+        size is not None,
+        f"{file} does not say how large its images are: put its run's config.json beside it",
+    )
+    computed_in = about.get("computed_in", record.get("computed_in"))
+    fabric = devices.make_fabric(device, COMPUTED_IN.get(str(computed_in), "auto"))
+    try:
+        mean, std = (torch.tensor(about[name], device=fabric.device) for name in ("mean", "std"))
+        shape = (len(mean), size, about.get("width", 64))
+        rules = decoding.PixelRules.recorded_in(about)
+        network = encoders.make_encoder(about["encoder"], about["stem"], *shape)
+        network.load_state_dict(weights)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} does not hold the encoder that it names: {reason}") from error
+    probe: dict[str, Tensor] = {}
+    classes: list[str] = []
+    if is_run and (folder / "probe.safetensors").exists():
+        probe, about = checkpoints.load_tensors(folder / "probe.safetensors")
+        classes = about.get("classes", [])
+        fits = probe.keys() == {"weight", "bias", "mean", "std"} and (
+            probe["weight"].shape == (len(classes), network.num_features)
+        )
+        require(fits, f"{folder / 'probe.safetensors'} is of another encoder: repeat the probe")
+    network = network.to(fabric.device).to(memory_format=torch.channels_last)
+    name = folder.name if is_run else file.stem
+    return Encoder(network, name, size, mean, std, rules, fabric, record, probe, tuple(classes))
