@@ -241,13 +241,16 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     channels = len(encoder.mean)
     plot_neighbours(output / "neighbours.png", mine, near, channels, f"Neighbours of {title}")
     if count >= 5 and runs.has_package("plotly", "plotly", "embedding.html"):
+        shown = near["folder"][2][:, :5]  # (N, k)
+        if len(mapped) < count:
+            shown = page.nearest(mine.features[mapped])
         by = ", coloured by the linear probe's class" if encoder.probe else ""
         page.write_page(
             output / "embedding.html",
             coordinates=coordinates[mapped.numpy()],
             images=mine.tiles(mapped, channels, page.TILE),
             names=mine.names[mapped.numpy()],
-            features=mine.features[mapped],
+            neighbours=shown,
             labels=None if classes is None else classes[mapped].numpy(),
             classes=encoder.classes or ("images",),
             colors=functions.class_colors(len(encoder.classes)) or [functions.TRAIN_COLOR],

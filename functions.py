@@ -570,7 +570,7 @@ def write_map_page(
         coordinates=coordinates,
         images=split.images,
         names=split.paths,
-        features=features,
+        neighbours=page.nearest(features),
         labels=labels,
         classes=data.classes or ("images",),
         colors=class_colors(len(data.classes)) or [TRAIN_COLOR],

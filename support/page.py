@@ -141,7 +141,7 @@ def write_page(
     coordinates: np.ndarray,
     images: Tensor,
     names: np.ndarray | None,
-    features: Tensor,
+    neighbours: Tensor,
     labels: np.ndarray | None,
     classes: Sequence[str],
     colors: Sequence[Any],
@@ -155,7 +155,7 @@ def write_page(
         coordinates: `(N, 2)`.
         images: `(N, C, H, W)`, uint8.
         names: `(N,)`, of their files, or None.
-        features: `(N, D)`, in which the neighbours are looked for.
+        neighbours: `(N, k)`, the positions of those that each image is shown with.
         labels: `(N,)`, or None.
         classes: their names; without labels one name for all images.
         colors: of the classes, in any spelling of matplotlib's.
@@ -174,7 +174,7 @@ def write_page(
         "labelled": labels is not None,
         "labels": labels.tolist() if labels is not None else [0] * len(coordinates),
         "predictions": None if predictions is None else predictions.tolist(),
-        "neighbours": nearest(features).tolist(),
+        "neighbours": neighbours.tolist(),
         "columns": columns,
     }
     parts = {

@@ -28,7 +28,7 @@ def make_page(folder, count=60, predictions=True, labelled=True, size=8, names=N
         coordinates,
         images,
         names,
-        features,
+        page.nearest(features),
         labels if labelled else None,
         CLASSES if labelled else ("images",),
         ["red", "#00ff00", (0, 0, 1)][: 3 if labelled else 1],
