@@ -1,5 +1,6 @@
 import contextlib
 import resource
+import shutil
 import signal
 
 import pytest
@@ -53,3 +54,20 @@ def small_disk(capsys):  # which keeps pytest's own record of the output off the
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return context
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium that logs what it says and what it asks for."""
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no browser: on Debian, apt-get install chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "window-size=1300,800", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--enable-unsafe-swiftshader")  # WebGL without a graphics card
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as started:
+        yield started

@@ -2,7 +2,6 @@ import importlib.util
 import io
 import json
 import re
-import shutil
 import time
 
 import numpy as np
@@ -89,22 +88,6 @@ def test_the_page_holds_the_numbers_and_names_as_text(tmp_path):
 def test_ten_thousand_images_fit_into_fifteen_megabytes(tmp_path):
     path, _, _ = make_page(tmp_path, 10_000, size=32)  # noise, which compresses worst
     assert path.stat().st_size < 15e6
-
-
-@pytest.fixture
-def browser():
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("no browser: on Debian, apt-get install chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for flag in ("headless=new", "no-sandbox", "window-size=1300,800", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--enable-unsafe-swiftshader")  # WebGL without a graphics card
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as started:
-        yield started
 
 
 def point_at(browser, index):

@@ -89,6 +89,28 @@ def test_a_report_holds_numbers_settings_command_and_pictures(folder):
     assert "<script" not in text
 
 
+def test_a_report_in_a_browser(folder, browser):
+    report.write_report(folder, Config)
+    browser.get((folder / "report.html").as_uri())
+    widths = "return [...document.images].map(image => [image.alt, image.naturalWidth])"
+    assert dict(browser.execute_script(widths)) == {"loss.png": 8, "a <b>.png": 3}
+    shown = browser.find_element("tag name", "table")
+    assert shown.is_displayed()
+    assert "test_accuracy 87.7%" in shown.text
+    edges = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    scrolled, wide = browser.execute_script(edges)
+    assert scrolled <= wide  # nothing is cut off at the right
+    messages = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    asked = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in asked if url.startswith("file:")] == [(folder / "report.html").as_uri()]
+    assert browser.get_log("browser") == []
+
+
 def test_a_damaged_run_is_one_line(folder, user_error):
     (folder / "summary.json").write_text("{")
     with user_error("summary.json", "damaged"):
