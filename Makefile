@@ -54,7 +54,7 @@ bench: .venv/installed-dev
 	$$run/augmentation.py $$data; $$run/randaugment.py; $$run/rnn_epoch.py $$data; \
 	$$run/simclr_epoch.py $$data; $$run/simclr_epoch.py --stem cifar --batch-size 256 $$data; \
 	$$run/simsiam_epoch.py; $$run/probe.py; $$run/tsne.py; $$run/nt_xent_memory.py; \
-	$$run/startup.py $$data; $$run/growth.py
+	$$run/embedding.py; $$run/startup.py $$data; $$run/growth.py
 
 # make reproduce-simclr-digits; DATASET=cifar10 where the result names a folder of JPEG files
 reproduce-%: .venv/installed

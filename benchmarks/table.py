@@ -73,6 +73,13 @@ ROWS: list[tuple[str, str, str, str, dict[str, str]]] = [
         "s",
         {"sklearn_plain": "scikit-learn", "open_tsne": "openTSNE"},
     ),
+    (
+        "embed.py's features, small encoder",
+        "Features of images",
+        "images/s",
+        "images/s",
+        {"encoder_alone": "the encoder alone, on tensors in memory"},
+    ),
 ]
 
 
@@ -101,13 +108,16 @@ def lines(every: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The cells of the table: what is timed, beside what, and a pair of columns per processor."""
     table = []
     for label, title, column, unit, others in ROWS:
+        if not any(section(results, title) for results in every.values()):
+            continue
         for i, (way, beside) in enumerate(others.items()):
             cells = [label if i == 0 else "", beside]
             for results in every.values():
                 measured = {row["way"]: row for row in section(results, title)}
-                ours = measured["ours"]
+                ours = measured.get("ours", {})  # empty if not measured on this processor
                 memory = f", {ours['GiB']:.1f} GiB" if "GiB" in ours else ""
-                cells.append(f"{number(ours[column])} {unit}{memory}" if i == 0 else "")
+                shown = f"{number(ours[column])} {unit}{memory}" if ours and i == 0 else ""
+                cells.append(shown)
                 cells.append(ratio(measured, way))
             table.append(cells)
     for cell in ("rnn", "lstm", "gru"):
