@@ -201,7 +201,8 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     table["path"] = mine.names
     classes = None
     if encoder.probe:
-        logits = functions.apply_probe(mine.features, encoder.probe)  # (N, K)
+        parts = mine.features.split(BATCH)
+        logits = torch.cat([functions.apply_probe(part, encoder.probe) for part in parts])  # (N, K)
         classes, probabilities = logits.argmax(1), logits.softmax(1).amax(1)
         arrays |= {"predictions": classes.numpy(), "probabilities": probabilities.numpy()}
         table["class"] = [encoder.classes[label] for label in classes]

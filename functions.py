@@ -796,9 +796,8 @@ def plot_neighbours(
         for row in range(len(names)):
             top = 1.4 * row
             for i, tile in enumerate(tiles[row]):
-                pixels = (
-                    datasets.as_shown(tile).expand(3, -1, -1).permute(1, 2, 0).numpy()
-                )  # (h, w, 3)
+                shown = datasets.as_shown(tile).expand(3, -1, -1)
+                pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
                 box = (left + i, left + i + 0.95, top + 0.95, top)
                 axes.imshow(pixels, extent=box, interpolation="nearest")
                 if numbers is not None:

@@ -18,7 +18,7 @@ from common import in_turns, report
 
 import embed
 import functions
-from support import datasets, devices, encoders, frozen
+from support import datasets, decoding, devices, encoders, frozen
 
 
 def main() -> None:
@@ -33,7 +33,8 @@ def main() -> None:
     network = encoders.make_encoder("small", "cifar", 3, 32).to(memory_format=torch.channels_last)
     fabric = devices.make_fabric("cpu", "auto")
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    encoder = frozen.Encoder(network, "noise", 32, mean, std, fabric, {}, {}, ())
+    rules = decoding.PixelRules()
+    encoder = frozen.Encoder(network, "noise", 32, mean, std, rules, fabric, {}, {}, ())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images.npy")
         noise = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), np.uint8)

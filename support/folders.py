@@ -201,7 +201,7 @@ def decode_readable(
     Raises:
         UserError: with `stop`, at the first that cannot be read.
     """
-    return _decode_cached(paths, folder, data_dir, size, rules, len(paths), strict=False, stop=stop)
+    return _decode_cached(paths, folder, data_dir, size, rules, len(paths), False, stop)
 
 
 def _decode_cached(
@@ -347,8 +347,9 @@ def _decode_into(
         ):
             for count in pool.map(decode, parts, [rules] * len(parts)):
                 bar.update(count)
-                for row in sorted(failed) if stop else ():
+                if failed and stop:
                     pool.shutdown(cancel_futures=True)
+                    row = min(failed)
                     raise UserError(f"{paths[row]} cannot be read: {failed[row]}")
         if failed and strict:
             row = min(failed)
