@@ -328,7 +328,7 @@ def fixmatch_loss(
         strong: `(m, K)`, logits of the strongly augmented ones.
         threshold: probability, in [0, 1], from which on a guess counts.
     """
-    confidence, guess = weak.detach().softmax(1).max(1)  # (m,)
+    confidence, guess = weak.softmax(1).max(1)  # (m,)
     unlabelled = F.cross_entropy(strong, guess, reduction="none") * (confidence >= threshold)
     return F.cross_entropy(logits, labels) + unlabelled.mean()
 
