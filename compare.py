@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import functions
-from support import files, scores
+from support import figures, files, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import FREE_ON_RESUME, Parser, value_before
@@ -201,9 +200,9 @@ def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) 
 
 def plot_curves(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> None:
     """Overlay the curves: a colour per group, dashed on training images of rnn.py."""
-    figure = functions.new_figure(10, 4)
+    figure = figures.new_figure(10, 4)
     many = len(groups) > len(COLORS)
-    colors = functions.class_colors(len(groups)) if many else COLORS[: len(groups)]
+    colors = figures.class_colors(len(groups)) if many else COLORS[: len(groups)]
     for axes, (title, columns) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for runs, name, color in zip(groups, names, colors, strict=True):
             for column, style in columns.items():
@@ -211,12 +210,12 @@ def plot_curves(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Pat
                 if not curve:
                     continue
                 epochs, means, low, high = zip(*curve, strict=True)
-                label = functions.plain(name) if style == "-" else None
+                label = figures.plain(name) if style == "-" else None
                 marker = "o" if len(epochs) < 3 else None
                 axes.plot(epochs, means, style, color=color, label=label, marker=marker)
                 if len(runs) > 1:
                     axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-        functions.style_axes(axes, "epoch", title)
+        figures.style_axes(axes, "epoch", title)
     shown = {
         text: handle
         for axes in figure.axes
@@ -227,7 +226,7 @@ def plot_curves(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Pat
     figure.legend(
         shown.values(), shown, loc="outside lower center", ncols=min(4, len(shown)), frameon=False
     )
-    functions.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def mean_curve(

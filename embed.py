@@ -24,7 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import functions
-from support import datasets, decoding, files, folders, frozen, neighbours, page, progress, runs
+from support import (
+    datasets,
+    decoding,
+    figures,
+    files,
+    folders,
+    frozen,
+    neighbours,
+    page,
+    progress,
+    runs,
+)
 from support.errors import UserError, require
 from support.runs import exit_cleanly
 from support.settings import Parser
@@ -254,7 +265,7 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
             neighbours=shown,
             labels=None if classes is None else classes[mapped].numpy(),
             classes=encoder.classes or ("images",),
-            colors=functions.class_colors(len(encoder.classes)) or [functions.TRAIN_COLOR],
+            colors=figures.class_colors(len(encoder.classes)) or [figures.TRAIN_COLOR],
             predictions=None,
             title=f"t-SNE of {title}{by}",
         )

@@ -33,24 +33,7 @@ from torch import Tensor, nn
 
 import compare
 import functions
-from support import (
-    augment,
-    checkpoints,
-    datasets,
-    devices,
-    encoders,
-    files,
-    frozen,
-    graphs,
-    pool,
-    pretraining,
-    progress,
-    randaugment,
-    report,
-    runs,
-    scores,
-    settings,
-    supervised,
+from support import (augment, checkpoints, datasets, devices, encoders, figures, files, frozen, graphs, pool, pretraining, progress, randaugment, report, runs, scores, settings, supervised)
 )
 from support.errors import require
 from support.scores import Task
@@ -577,8 +560,8 @@ def plot_scores(path: Path, rows: scores.Rows, styles: dict[str, Task], title: s
     for row in rows:
         if row["name"] in panels.get("without pretraining", ()):
             best[row["labels"]] = max(best.get(row["labels"], 0.0), 100 * row["accuracy"])
-    figure = functions.new_figure(max(6, 4.2 * len(panels)), 4.5)
-    figure.suptitle(functions.plain(title))
+    figure = figures.new_figure(max(6, 4.2 * len(panels)), 4.5)
+    figure.suptitle(figures.plain(title))
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     ticks = sorted({row["labels"] for row in rows})
     for axes, (panel, names) in zip(every, panels.items(), strict=True):
@@ -590,7 +573,7 @@ def plot_scores(path: Path, rows: scores.Rows, styles: dict[str, Task], title: s
             method, style = METHODS[styles[name].method], "-"
             if styles[name].start == "pixels":
                 style = ":"
-            label = functions.plain(name.replace(f", {panel}", ""))
+            label = figures.plain(name.replace(f", {panel}", ""))
             axes.plot(counts, mean, f"o{style}", color=method.color, label=label, markersize=4)
             low, high = mean - spread, mean + spread
             axes.fill_between(counts, low, high, color=method.color, alpha=0.2, linewidth=0)
@@ -600,10 +583,10 @@ def plot_scores(path: Path, rows: scores.Rows, styles: dict[str, Task], title: s
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{n // 1000}k" if n >= 1000 else str(n) for n in ticks])
         axes.minorticks_off()
-        axes.set_title(functions.plain(panel), fontsize="medium")
-        functions.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
+        axes.set_title(figures.plain(panel), fontsize="medium")
+        figures.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
         axes.legend(frameon=False, loc="lower right", fontsize="small")
-    functions.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def write_results(

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from support import (
     decoding,
     devices,
     encoders,
+    figures,
     files,
     folders,
     page,
@@ -40,9 +41,6 @@ from support import (
     supervised,
 )
 from support.errors import Diverged, UserError, require
-
-if TYPE_CHECKING:
-    import optuna
 
 # ----------------------------------------------------------------------------------- loaders
 
@@ -598,7 +596,7 @@ def write_map_page(
         neighbours=page.nearest(features),
         labels=labels,
         classes=data.classes or ("images",),
-        colors=class_colors(len(data.classes)) or [TRAIN_COLOR],
+        colors=figures.class_colors(len(data.classes)) or [figures.TRAIN_COLOR],
         predictions=predictions,
         title=title,
     )
@@ -639,7 +637,7 @@ def finetune_stage(
     devices.seed_everything(config.seed)
     layer = nn.Linear(model.encoder.num_features, len(data.classes))
     channels, side = data.train.images.shape[1:3]
-    # A copy, as other stages want the frozen one; with plain BatchNorm, whatever pretraining had.
+    # A copy, as other stages want the frozen one; with figures.plain BatchNorm, whatever pretraining had.
     encoder = encoders.make_encoder(config.encoder, config.stem, channels, side, config.width)
     encoder.load_state_dict(model.encoder.state_dict())
     classifier = nn.Sequential(encoder, layer).to(fabric.device)
@@ -696,54 +694,6 @@ def finetune_stage(
 # ------------------------------------------------------------------------------------- plots
 # Each plot is a function of numbers and a path, so it can be redrawn without training.
 
-TRAIN_COLOR, TEST_COLOR = "#0077BB", "#EE7733"  # blue and orange, safe for colour-blind readers
-# Paul Tol's "muted" scheme, grey darkened to be visible on white.
-CLASS_COLORS = [
-    "#332288",
-    "#88CCEE",
-    "#44AA99",
-    "#117733",
-    "#999933",
-    "#DDCC77",
-    "#CC6677",
-    "#882255",
-    "#AA4499",
-    "#777777",
-]
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, outside pyplot's global state."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure in the format that the path's suffix names, atomically."""
-    with files.atomic_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
-
-
-def plain(text: str, longest: int = 200) -> str:
-    """A text of the user's, such as the name of a folder, as matplotlib shows it letter by letter.
-
-    It would take `$` for the start of a formula, and leave out of a legend what begins with `_`.
-    """
-    text = text.encode(errors="replace").decode()  # half a surrogate pair has no glyph
-    text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
-
-
-def style_axes(axes: Any, x: str, y: str) -> None:
-    """Label the axes, with a light grid and without the box; `epoch` ticks are whole numbers."""
-    if x == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
 
 def _line(axes: Any, rows: Sequence[dict[str, float]], key: str, label: str, color: str) -> None:
     points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
@@ -764,14 +714,14 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
     seen = (views.float() * std + mean).clamp(0, 1).unflatten(0, (-1, len(images)))  # (V, b, ...)
     rows = [datasets.to_float(images[:10]), *seen[:, :10]]  # (b, C, H, W), then (b, C, h, w)
     rows = [datasets.as_shown(row) for row in rows]
-    figure = new_figure(9, 0.9 * len(rows))
+    figure = figures.new_figure(9, 0.9 * len(rows))
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for number, row in enumerate(rows):
         for axes, picture in zip(grid[number], row.cpu(), strict=True):
             axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         grid[number, 0].set_ylabel(f"view {number}" if number else "image")
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def plot_neighbours(
@@ -788,7 +738,7 @@ def plot_neighbours(
     """
     columns = sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values())
     height = 1.4 * len(names) + 0.6
-    figure = new_figure(0.8 * columns + 0.2, 0.8 * height)
+    figure = figures.new_figure(0.8 * columns + 0.2, 0.8 * height)
     axes = figure.subplots()
     left = 0.0
     for heading, (tiles, numbers) in groups.items():
@@ -805,50 +755,41 @@ def plot_neighbours(
                     axes.text(left + i + 0.47, top + 1.11, text, size=7, ha="center")
         left += tiles.shape[1] + 0.2
     for row, name in enumerate(names):
-        axes.text(0, 1.4 * row - 0.05, plain(name, 80), size=7)
+        axes.text(0, 1.4 * row - 0.05, figures.plain(name, 80), size=7)
     axes.set_xlim(-0.05, columns)
     axes.set_ylim(height - 0.6, -0.6)
     axes.set_axis_off()
-    axes.set_title(plain(title), size=9, loc="left")
-    save_figure(figure, path)
+    axes.set_title(figures.plain(title), size=9, loc="left")
+    figures.save_figure(figure, path)
 
 
 def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
     """The column `loss` of `history` over epochs."""
-    figure = new_figure(7, 3.5)
+    figure = figures.new_figure(7, 3.5)
     axes = figure.subplots()
-    _line(axes, history, "loss", "train", TRAIN_COLOR)
-    axes.set_title(plain(title))
-    style_axes(axes, "epoch", "loss")
-    save_figure(figure, path)
+    _line(axes, history, "loss", "train", figures.TRAIN_COLOR)
+    axes.set_title(figures.plain(title))
+    figures.style_axes(axes, "epoch", "loss")
+    figures.save_figure(figure, path)
 
 
 def plot_loss_and_accuracy(
     path: Path, history: Sequence[dict[str, float]], title: str, other: str = "test"
 ) -> None:
     """Loss and accuracy (in percent) over epochs, of the training images and `other` ones."""
-    figure = new_figure(9, 3.5)
-    figure.suptitle(plain(title))
+    figure = figures.new_figure(9, 3.5)
+    figure.suptitle(figures.plain(title))
     percent = [
         {k: v * 100 if k.endswith("accuracy") else v for k, v in row.items()} for row in history
     ]
     for axes, key, label in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), ("loss", "accuracy (%)"), strict=True
     ):
-        _line(axes, percent, f"train_{key}", "train", TRAIN_COLOR)
-        _line(axes, percent, f"{other}_{key}", other, TEST_COLOR)
-        style_axes(axes, "epoch", label)
+        _line(axes, percent, f"train_{key}", "train", figures.TRAIN_COLOR)
+        _line(axes, percent, f"{other}_{key}", other, figures.TEST_COLOR)
+        figures.style_axes(axes, "epoch", label)
         axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def class_colors(count: int) -> list[Any]:
-    """A colour per class: a colour-blind safe set up to ten, a colour wheel beyond."""
-    if count <= len(CLASS_COLORS):
-        return CLASS_COLORS[:count]
-    import matplotlib
-
-    return list(matplotlib.colormaps["nipy_spectral"](np.linspace(0.05, 0.95, count)))
+    figures.save_figure(figure, path)
 
 
 def plot_scatter(
@@ -859,17 +800,17 @@ def plot_scatter(
     title: str,
 ) -> None:
     """A map `(N, 2)` coloured by class, with the class name at the middle of each class."""
-    figure = new_figure(8, 6.5)
+    figure = figures.new_figure(8, 6.5)
     axes = figure.subplots()
     size = float(np.clip(20000 / len(coordinates), 5, 25))
     if labels is None:
-        axes.scatter(*coordinates.T, s=size, color=TRAIN_COLOR, linewidths=0, alpha=0.6)
+        axes.scatter(*coordinates.T, s=size, color=figures.TRAIN_COLOR, linewidths=0, alpha=0.6)
     else:
         from matplotlib.patheffects import withStroke
 
-        colors = class_colors(len(classes))
+        colors = figures.class_colors(len(classes))
         for label, (name, color) in enumerate(zip(classes, colors, strict=True)):
-            points, name = coordinates[labels == label], plain(name, 24)
+            points, name = coordinates[labels == label], figures.plain(name, 24)
             if len(points) == 0:
                 continue
             axes.scatter(*points.T, s=size, color=color, linewidths=0, alpha=0.7, label=name)
@@ -896,11 +837,11 @@ def plot_scatter(
                 handle.set_alpha(1)
         else:  # nobody could tell them apart
             title += f", {len(classes)} classes"
-    axes.set_title(plain(title))
+    axes.set_title(figures.plain(title))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None:
@@ -913,36 +854,36 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
     if len(percent) > 60:
         title += f", the lowest 60 of {len(percent)}"
         percent = {name: percent[name] for name in sorted(percent, key=percent.__getitem__)[:60]}
-    figure = new_figure(7, max(2.0, 0.32 * len(percent) + 1))
+    figure = figures.new_figure(7, max(2.0, 0.32 * len(percent) + 1))
     axes = figure.subplots()
     rows = range(len(percent))
-    axes.barh(rows, list(percent.values()), color=TRAIN_COLOR, height=0.7)
-    axes.set_yticks(rows, [plain(name, 24) for name in percent])
+    axes.barh(rows, list(percent.values()), color=figures.TRAIN_COLOR, height=0.7)
+    axes.set_yticks(rows, [figures.plain(name, 24) for name in percent])
     for row, value in enumerate(percent.values()):  # at a bar's foot, clear of the mean's line
         where, color = (1, "white") if value > 12 else (value + 1, "black")
         axes.text(where, row, f"{value:.1f}", va="center", color=color)
-    axes.axvline(mean, color=TEST_COLOR, label=f"mean {mean:.1f} %")
+    axes.axvline(mean, color=figures.TEST_COLOR, label=f"mean {mean:.1f} %")
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
-    axes.set_title(plain(title))
-    style_axes(axes, "accuracy (%)", "")
+    axes.set_title(figures.plain(title))
+    figures.style_axes(axes, "accuracy (%)", "")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside lower right", frameon=False)
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
     """Row-normalised confusion matrix in percent; numbers for up to 20 classes, none for a 0."""
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = float(np.clip(0.55 * len(classes) + 2, 4.5, 14))
-    figure = new_figure(side + 1, side)
+    figure = figures.new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
     every = max(1, math.ceil(len(classes) / 60))
     ticks = range(0, len(classes), every)
     slanted = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 3 else {}
-    names = [plain(classes[i], 24) for i in ticks]
+    names = [figures.plain(classes[i], 24) for i in ticks]
     axes.set_xticks(ticks, names, **slanted)
     axes.set_yticks(ticks, names)
     if len(classes) <= 20:
@@ -957,174 +898,5 @@ def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], ti
                 axes.text(column, row, number, color=color, size=size, **where)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(plain(title))
-    save_figure(figure, path)
-
-
-Results = Sequence[tuple[Any, float]]  # trials of Optuna, each with its value
-STATE_COLORS = {"COMPLETE": TRAIN_COLOR, "PRUNED": TEST_COLOR, "FAIL": "black"}
-
-
-def plot_sweep(
-    study: optuna.Study,
-    folder: Path,
-    title: str,
-    value_name: str,
-    parameters: Sequence[str],
-    winner: int,
-) -> None:
-    """The pictures of a sweep: history, settings, timeline, what mattered, and trials by epoch.
-
-    Args:
-        study: with one trial at least that has a value.
-        folder: gets `optimization_history.png`, `settings.png`, `timeline.png`, and, where there
-            are two complete trials, `param_importances.png`; where trials report values while they
-            run, also `intermediate_values.png`.
-        title: of all pictures.
-        value_name: what the objective is.
-        parameters: those that are searched.
-        winner: number of the best trial.
-    """
-    import optuna.visualization.matplotlib as plots
-
-    results = []  # trials that have a value, with the last one
-    for trial in study.get_trials(deepcopy=False):
-        reported = [*trial.intermediate_values.values(), trial.value]
-        if known := [value for value in reported if value is not None]:
-            results.append((trial, known[-1]))
-    minimized = study.direction.name == "MINIMIZE"
-    # Diverged trials would squeeze all others into a line.
-    cap = 1.5 * float(np.median([value for _, value in results])) if minimized else math.inf
-    note = value_name
-    if max(value for _, value in results) > cap:
-        note += f", cut off at {cap:.2f}"
-    shown = [(trial, min(cap, value)) for trial, value in results]
-    plot_history(folder / "optimization_history.png", shown, minimized, note, title)
-    plot_settings(folder / "settings.png", shown, parameters, winner, note, title)
-    if any(trial.intermediate_values for trial, _ in shown):
-        trials = [trial for trial, _ in shown]
-        plot_intermediate_values(folder / "intermediate_values.png", trials, cap, note, title)
-    wanted = {"timeline": lambda: plots.plot_timeline(study)}
-    if sum(trial.state.name == "COMPLETE" for trial, _ in shown) > 1:  # It compares trials.
-        wanted["param_importances"] = lambda: plots.plot_param_importances(
-            study, params=list(parameters)
-        )
-    for name, plot in wanted.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They are experimental, and dislike a single value.
-            _save_optunas_figure(plot, folder / f"{name}.png", f"{title}: {name.replace('_', ' ')}")
-
-
-def _save_optunas_figure(plot: Any, path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with matplotlib.rc_context():  # Optuna changes the style of all later figures.
-        drawn: Any = plot().figure
-        drawn.axes[0].set_title("", loc="left")  # One of Optuna's titles is there.
-        drawn.axes[0].set_title(title)
-        drawn.set_size_inches(10, 5)
-        with files.atomic_file(path) as temporary:
-            drawn.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-        plt.close(drawn)
-
-
-def plot_history(
-    path: Path, results: Results, minimized: bool, value_name: str, title: str
-) -> None:
-    """The value of each trial over their numbers, and the best so far of those complete."""
-    figure = new_figure(8, 4)
-    axes = figure.subplots()
-    for state, color in STATE_COLORS.items():
-        dots = [(trial.number, value) for trial, value in results if trial.state.name == state]
-        if dots:
-            axes.scatter(*zip(*dots, strict=True), s=14, color=color, label=state.lower())
-    done = [(trial.number, v) for trial, v in results if trial.state.name == "COMPLETE"]
-    if done:
-        numbers, best = map(np.array, zip(*sorted(done), strict=True))
-        best = (np.minimum if minimized else np.maximum).accumulate(best)
-        last = max(trial.number for trial, _ in results)
-        steps = {"where": "post", "color": "#009988", "label": "best so far"}
-        axes.step([*numbers, last], [*best, best[-1]], **steps)
-    style_axes(axes, "trial", value_name)
-    figure.suptitle(title)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    save_figure(figure, path)
-
-
-def plot_intermediate_values(
-    path: Path, trials: Sequence[Any], cap: float, value_name: str, title: str
-) -> None:
-    """What trials reported, epoch by epoch; a line is a trial."""
-    figure = new_figure(8, 4)
-    axes = figure.subplots()
-    for state, color in STATE_COLORS.items():
-        chosen = [trial for trial in trials if trial.state.name == state]
-        for trial in chosen:
-            epochs = [step + 1 for step in trial.intermediate_values]
-            values = [min(cap, value) for value in trial.intermediate_values.values()]
-            label = state.lower() if trial is chosen[0] else None
-            axes.plot(epochs, values, color=color, marker=".", alpha=0.5, label=label)
-    style_axes(axes, "epoch", value_name)
-    figure.suptitle(title)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    save_figure(figure, path)
-
-
-def plot_settings(
-    path: Path,
-    results: Results,
-    parameters: Sequence[str],
-    winner: int,
-    value_name: str,
-    title: str,
-) -> None:
-    """A panel for each setting: its value in each trial against the result; a star is the best."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    columns = min(4, len(parameters))
-    rows = math.ceil(len(parameters) / columns)
-    figure = new_figure(2.6 * columns, 2.3 * rows + 0.8)
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for name, axes in zip(parameters, grid.flat, strict=False):
-        chosen = [(trial, value) for trial, value in results if name in trial.params]
-        drawn = [trial.params[name] for trial, _ in chosen]
-        if all(isinstance(value, float) for value in drawn) and len(set(drawn)) > 2:
-            places = drawn
-            if min(drawn) > 0 and max(drawn) / min(drawn) > 10:
-                axes.set_xscale("log")
-                wide = max(drawn) / min(drawn) > 100
-                axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 3)))
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.set_minor_formatter(NullFormatter())
-        else:  # a column for each choice, within which trials stand side by side
-            choices = sorted(set(drawn), key=lambda value: (str(type(value)), value))
-            places = [
-                choices.index(value) + 0.5 * (trial.number * 0.618 % 1 - 0.5)
-                for value, (trial, _) in zip(drawn, chosen, strict=True)
-            ]
-            axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
-        dots = [(x, y, trial) for x, (trial, y) in zip(places, chosen, strict=True)]
-        for state, color in STATE_COLORS.items():
-            points = [(x, y) for x, y, trial in dots if trial.state.name == state]
-            if points:
-                style = {"s": 12, "color": color, "alpha": 0.6, "linewidths": 0}
-                axes.scatter(*zip(*points, strict=True), label=state.lower(), **style)
-        star = {"s": 130, "color": "#009988", "edgecolors": "white", "zorder": 3, "marker": "*"}
-        for x, y, trial in dots:
-            if trial.number == winner:
-                axes.scatter(x, y, label="best", **star)
-        style_axes(axes, name.replace("_", " "), "")
-    for axes in grid.flat[len(parameters) :]:
-        axes.remove()
-    figure.supylabel(value_name, size="medium")
-    figure.suptitle(title)
-    handles: dict[str, Any] = {}
-    for axes in grid.flat[: len(parameters)]:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=4
-    )
-    save_figure(figure, path)
+    axes.set_title(figures.plain(title))
+    figures.save_figure(figure, path)

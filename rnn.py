@@ -26,18 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
-from support import (
-    augment,
-    checkpoints,
-    datasets,
-    devices,
-    encoders,
-    files,
-    progress,
-    recurrent,
-    report,
-    runs,
-    settings,
+from support import (augment, checkpoints, datasets, devices, encoders, figures, files, progress, recurrent, report, runs, settings)
 )
 from support.errors import UserError, require
 from support.settings import setting
@@ -482,9 +471,9 @@ def read_best(path: str) -> Config:
 
 def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str], name: str) -> None:
     """Loss and accuracy of all cells over epochs, training dashed, validation solid."""
-    figure = functions.new_figure(9, 4)
+    figure = figures.new_figure(9, 4)
     title = f"Row by row on {name}: training dashed, validation solid"
-    figure.suptitle(functions.plain(title))
+    figure.suptitle(figures.plain(title))
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         percent = key == "accuracy"
         for cell in cells:
@@ -495,9 +484,9 @@ def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str],
                 values = [row[f"{split}_{key}"] * (100 if percent else 1) for row in rows]
                 label = cell.upper() if split == "validation" else None
                 axes.plot(epochs, values, style, label=label, linewidth=1.5, **look)
-        functions.style_axes(axes, "epoch", "accuracy (%)" if percent else "loss")
+        figures.style_axes(axes, "epoch", "accuracy (%)" if percent else "loss")
         axes.legend(frameon=False)
-    functions.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":

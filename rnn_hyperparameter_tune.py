@@ -24,9 +24,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-import functions
 import rnn
-from support import datasets, devices, errors, files, progress, report, runs, settings, sweep
+from support import (
+    datasets,
+    devices,
+    errors,
+    figures,
+    files,
+    progress,
+    report,
+    runs,
+    settings,
+    sweep,
+    sweep_figures,
+)
 from support.errors import require
 from support.settings import setting
 
@@ -303,10 +314,10 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         "train_fraction": config.train_fraction,
     }
     files.write_json(folder / "best.json", best)
-    name = functions.plain(Path(config.dataset).name)
+    name = figures.plain(Path(config.dataset).name)
     title = f"{config.cell.upper()} sweep on {name}"
     names = list(config.search_space)
-    functions.plot_sweep(study, folder, title, "validation loss", names, complete[0].number)
+    sweep_figures.plot_sweep(study, folder, title, "validation loss", names, complete[0].number)
     print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")
     for rank, trial in enumerate(complete[:5], 1):
         line = (

@@ -34,7 +34,18 @@ from torch import Tensor, nn
 
 import functions
 import simclr
-from support import datasets, devices, files, pretraining, report, runs, settings, sweep
+from support import (
+    datasets,
+    devices,
+    figures,
+    files,
+    pretraining,
+    report,
+    runs,
+    settings,
+    sweep,
+    sweep_figures,
+)
 from support.errors import require
 from support.settings import setting
 
@@ -386,8 +397,10 @@ def write_results(
         failed = [trial for trial in trials if ended(trial)]
         require(not failed, f"all {len(failed)} trials failed: see trials.csv")
         return {}
-    title = f"SimCLR sweep on {functions.plain(Path(config.dataset).name)}"
-    functions.plot_sweep(study, folder, title, config.objective, list(SPACE), ranked[0]["trial"])
+    title = f"SimCLR sweep on {figures.plain(Path(config.dataset).name)}"
+    sweep_figures.plot_sweep(
+        study, folder, title, config.objective, list(SPACE), ranked[0]["trial"]
+    )
     if data.classes:
         audit = audit_rows(trials, config)
         files.write_csv(folder / "audit.csv", audit)
@@ -485,20 +498,20 @@ def print_audit(rows: Sequence[dict[str, Any]]) -> None:
 
 def plot_audit(path: Path, trials: Trials, config: Config, title: str) -> None:
     """Each score against the linear probe's accuracy; a colour for each rung."""
-    figure = functions.new_figure(11, 3.4)
+    figure = figures.new_figure(11, 3.4)
     figure.suptitle(title)
     for axes, (name, text) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
-        for epochs, color in zip(config.rungs, functions.CLASS_COLORS, strict=False):
+        for epochs, color in zip(config.rungs, figures.CLASS_COLORS, strict=False):
             chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
             points = [(each[name], 100 * each["linear"]) for each in chosen]
             if points:
                 label = f"{epochs} epochs"
                 axes.scatter(*zip(*points, strict=True), s=16, color=color, label=label)
-        functions.style_axes(axes, text.split(",")[0], "linear probe (%)")
+        figures.style_axes(axes, text.split(",")[0], "linear probe (%)")
     figure.legend(
         *axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
     )
-    functions.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import functions
-from support import checkpoints, datasets, devices, encoders, files
+from support import checkpoints, datasets, devices, encoders, figures, files
 
 REPOSITORY = Path(functions.__file__).parent
 
@@ -818,7 +818,7 @@ def test_plot_writes_a_png_and_nothing_else(name, tmp_path):
 
 @pytest.mark.parametrize("count", [3, 10, 11, 40])
 def test_classes_have_colors_of_their_own(count):
-    assert len({to_hex(color) for color in functions.class_colors(count)}) == count
+    assert len({to_hex(color) for color in figures.class_colors(count)}) == count
 
 
 @pytest.mark.parametrize("count", [5, 12])
@@ -829,5 +829,5 @@ def test_scatter_shows_every_class_in_its_color(count, tmp_path):
     functions.plot_scatter(tmp_path / "plot.png", coordinates, labels, names, "title")
     with Image.open(tmp_path / "plot.png") as image:
         pixels = np.array([pixel for _, pixel in image.convert("RGB").getcolors(1 << 20)])
-    for color in functions.class_colors(count):
+    for color in figures.class_colors(count):
         assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(1).min() < 2

@@ -200,9 +200,9 @@ def test_a_setting_that_a_result_lacks_is_what_the_script_did_before():
         speed: str = settings.setting("fast", "run", "new in this version", before="slow")
         careful: bool = settings.setting(True, "run", "as ever")
 
-    flags = settings.changed_flags({"seed": 3}, Config)
+    flags = settings.changed_flags({"seed": 3, "stack": "refuse"}, Config)
     assert flags == {"--seed": ["--seed", "3"], "--speed": ["--speed", "slow"]}
-    flags = settings.changed_flags({"speed": "fast", "careful": False}, Config)
+    flags = settings.changed_flags({"speed": "fast", "careful": False, "stack": "refuse"}, Config)
     assert flags == {"--careful": ["--no-careful"]}
 
 

@@ -16,10 +16,9 @@ import optuna
 import pytest
 import torch
 
-import functions
 import rnn
 import rnn_hyperparameter_tune as tune
-from support import runs, settings, sweep
+from support import runs, settings, sweep, sweep_figures
 
 REPOSITORY = Path(tune.__file__).resolve().parent
 FIRST = {name: choices[0] for name, choices in tune.SPACE.items()}
@@ -54,7 +53,7 @@ def rows_of(config: tune.Config) -> list[dict[str, str]]:
 def tiny(monkeypatch):
     """A space of small models, and no plots."""
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, **SMALL})
-    monkeypatch.setattr(functions, "plot_sweep", lambda *_: None)
+    monkeypatch.setattr(sweep_figures, "plot_sweep", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ import functions
 import rnn
 import rnn_hyperparameter_tune as tune
 import simclr
-from support import checkpoints, files, settings
+from support import checkpoints, figures, files, settings
 
 pytestmark = pytest.mark.slow
 POINTS = max(3, COUNT // 50)
@@ -47,9 +47,9 @@ def write_checkpoint(path, version):
 
 
 def write_png(path, version):
-    figure = functions.new_figure(4, 3)
+    figure = figures.new_figure(4, 3)
     figure.subplots().plot(range(9), np.arange(9) ** version)
-    functions.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def write_safetensors(path, version):
