@@ -33,7 +33,25 @@ from torch import Tensor, nn
 
 import compare
 import functions
-from support import (augment, checkpoints, datasets, devices, encoders, figures, files, frozen, graphs, pool, pretraining, progress, randaugment, report, runs, scores, settings, supervised)
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    figures,
+    files,
+    frozen,
+    graphs,
+    pool,
+    pretraining,
+    progress,
+    randaugment,
+    report,
+    runs,
+    scores,
+    settings,
+    supervised,
 )
 from support.errors import require
 from support.scores import Task

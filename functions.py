@@ -637,7 +637,7 @@ def finetune_stage(
     devices.seed_everything(config.seed)
     layer = nn.Linear(model.encoder.num_features, len(data.classes))
     channels, side = data.train.images.shape[1:3]
-    # A copy, as other stages want the frozen one; with figures.plain BatchNorm, whatever pretraining had.
+    # A copy, as other stages want the frozen one; with plain BatchNorm, whatever pretraining had.
     encoder = encoders.make_encoder(config.encoder, config.stem, channels, side, config.width)
     encoder.load_state_dict(model.encoder.state_dict())
     classifier = nn.Sequential(encoder, layer).to(fabric.device)

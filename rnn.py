@@ -26,7 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
-from support import (augment, checkpoints, datasets, devices, encoders, figures, files, progress, recurrent, report, runs, settings)
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    figures,
+    files,
+    progress,
+    recurrent,
+    report,
+    runs,
+    settings,
 )
 from support.errors import UserError, require
 from support.settings import setting

@@ -580,7 +580,7 @@ def test_a_map_takes_ten_thousand_images_at_most_in_the_order_of_the_data(count)
 
 @pytest.mark.parametrize(("classes", "lines"), [(20, 20), (200, 11)])
 def test_of_many_classes_the_ten_that_are_recognised_least_are_printed(
-    tmp_path, capsys, figures, classes, lines
+    tmp_path, capsys, drawn_figures, classes, lines
 ):
     names = tuple(f"class {i}" for i in range(classes))
     labels = torch.arange(classes).repeat_interleave(4)
@@ -657,10 +657,10 @@ def confusion(path, classes):
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def drawn_figures(monkeypatch):
     """The figures that would be written."""
     drawn = []
-    monkeypatch.setattr(functions, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
     return drawn
 
 
@@ -668,7 +668,7 @@ def curves(axes):
     return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
 
 
-def test_curves_are_the_columns_of_the_table(tmp_path, figures):
+def test_curves_are_the_columns_of_the_table(tmp_path, drawn_figures):
     rows = [
         {"epoch": 1, "loss": 3.0, "train_loss": 2.0, "other_loss": 4.0}
         | {"train_accuracy": 0.5, "other_accuracy": 0.25},
@@ -677,17 +677,19 @@ def test_curves_are_the_columns_of_the_table(tmp_path, figures):
     ]
     functions.plot_loss(tmp_path / "plot.png", rows, "title")
     functions.plot_loss_and_accuracy(tmp_path / "plot.png", rows, "title", "other")
-    (loss,), (losses, accuracies) = (figure.axes for figure in figures)
+    (loss,), (losses, accuracies) = (figure.axes for figure in drawn_figures)
     assert curves(loss) == {"train": [[1, 3], [4, 1]]}
     assert curves(losses) == {"train": [[1, 2], [4, 1]], "other": [[1, 4], [4, 5]]}
     assert curves(accuracies) == {"train": [[1, 50], [4, 75]], "other": [[1, 25], [4, 37.5]]}
 
 
 @pytest.mark.parametrize(("classes", "bars"), [(3, 3), (60, 60), (61, 60)])
-def test_bars_are_the_accuracies_and_the_line_is_the_mean_of_all(tmp_path, figures, classes, bars):
+def test_bars_are_the_accuracies_and_the_line_is_the_mean_of_all(
+    tmp_path, drawn_figures, classes, bars
+):
     accuracies = {f"class {i}": 1 - i / classes for i in range(classes)}
     functions.plot_per_class(tmp_path / "plot.png", accuracies, "title")
-    axes = figures[0].axes[0]
+    axes = drawn_figures[0].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     shown = dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True))
     assert len(shown) == bars
@@ -697,13 +699,13 @@ def test_bars_are_the_accuracies_and_the_line_is_the_mean_of_all(tmp_path, figur
     assert axes.lines[0].get_xdata()[0] == pytest.approx(mean)
 
 
-def test_cells_of_the_confusion_matrix_are_percent_of_the_true_class(tmp_path, figures):
+def test_cells_of_the_confusion_matrix_are_percent_of_the_true_class(tmp_path, drawn_figures):
     matrix = torch.tensor([[995, 5, 0], [0, 994, 6], [300, 0, 700]])
     functions.plot_confusion_matrix(tmp_path / "plot.png", matrix, ["a", "b", "c"], "title")
-    cells = {text.get_position()[::-1]: text.get_text() for text in figures[0].axes[0].texts}
+    cells = {text.get_position()[::-1]: text.get_text() for text in drawn_figures[0].axes[0].texts}
     # What rounds to 0 is left empty.
     assert cells == {(0, 0): "100", (1, 1): "99", (1, 2): "1", (2, 0): "30", (2, 2): "70"}
-    shares = figures[0].axes[0].images[0].get_array()
+    shares = drawn_figures[0].axes[0].images[0].get_array()
     np.testing.assert_allclose(shares, matrix / 10)
 
 
@@ -716,7 +718,7 @@ def drawn_as(text):
     return text.replace(r"\$", "$").strip()
 
 
-def test_names_of_classes_are_drawn_letter_by_letter(tmp_path, monkeypatch, figures):
+def test_names_of_classes_are_drawn_letter_by_letter(tmp_path, monkeypatch, drawn_figures):
     count = len(STRANGE)
     coordinates, labels = normal(5 * count, 2).numpy(), np.arange(5 * count) % count
     title = "costs $1_$2"
@@ -726,7 +728,7 @@ def test_names_of_classes_are_drawn_letter_by_letter(tmp_path, monkeypatch, figu
     functions.plot_confusion_matrix(tmp_path / "c.png", matrix, STRANGE, title)
     functions.plot_loss(tmp_path / "d.png", history(3), title)
     functions.plot_loss_and_accuracy(tmp_path / "e.png", history(3), title)
-    scatter, bars, cells, *_ = figures
+    scatter, bars, cells, *_ = drawn_figures
     shown = [
         [text.get_text() for text in scatter.legends[0].get_texts()],
         [text.get_text() for text in scatter.axes[0].texts],
@@ -736,18 +738,18 @@ def test_names_of_classes_are_drawn_letter_by_letter(tmp_path, monkeypatch, figu
     ]
     for texts in shown:
         assert [drawn_as(text) for text in texts] == STRANGE
-    for i, figure in enumerate(figures):
+    for i, figure in enumerate(drawn_figures):
         above = figure.get_suptitle() or figure.axes[0].get_title()
         assert drawn_as(above) == title
         figure.savefig(tmp_path / f"{i}.png")  # a formula that is none would end here
 
 
 @pytest.mark.parametrize("count", [10, 60, 61, 200])
-def test_long_names_leave_room_for_the_map(tmp_path, figures, count):
+def test_long_names_leave_room_for_the_map(tmp_path, drawn_figures, count):
     names = [f"{i} {'a very long name ' * 5}" for i in range(count)]
     coordinates, labels = normal(2 * count, 2).numpy(), np.arange(2 * count) % count
     functions.plot_scatter(tmp_path / "plot.png", coordinates, labels, names, "title")
-    (figure,) = figures
+    (figure,) = drawn_figures
     figure.savefig(tmp_path / "plot.png")  # which lays it out
     assert figure.axes[0].get_window_extent().width > 0.4 * figure.bbox.width
     for legend in figure.legends:
@@ -762,22 +764,24 @@ def test_long_names_leave_room_for_the_map(tmp_path, figures, count):
     assert len(figure.axes[0].texts) == (count if count <= 20 else 0)
 
 
-def test_a_name_stands_in_the_middle_of_its_class(tmp_path, figures):
+def test_a_name_stands_in_the_middle_of_its_class(tmp_path, drawn_figures):
     coordinates = np.array([[0, 0], [1, 2], [9, 4], [5, 5.0]])
     labels = np.array([2, 2, 2, 0])
     functions.plot_scatter(tmp_path / "plot.png", coordinates, labels, ["a", "b", "c"], "title")
-    texts = {text.get_text(): text.get_position() for text in figures[0].axes[0].texts}
+    texts = {text.get_text(): text.get_position() for text in drawn_figures[0].axes[0].texts}
     assert texts == {"a": (5, 5), "c": (1, 2)}  # no image is of class b
 
 
 @pytest.mark.parametrize(("count", "channels", "views"), [(3, 3, 2), (30, 1, 4)])
-def test_views_stand_beside_their_images_as_they_were(tmp_path, figures, count, channels, views):
+def test_views_stand_beside_their_images_as_they_were(
+    tmp_path, drawn_figures, count, channels, views
+):
     shape = (count, channels, 6, 6)
     images = torch.randint(256, shape, generator=seeded(), dtype=torch.uint8)
     split = datasets.ImageData("", (), datasets.Split(images, None), None).measured().train
     copies = torch.cat([images.flip(3) if v % 2 else images for v in range(views)])
     functions.plot_views(tmp_path / "plot.png", images, split.normalize(copies), split)
-    grid = np.reshape(figures[0].axes, (1 + views, min(10, count)))
+    grid = np.reshape(drawn_figures[0].axes, (1 + views, min(10, count)))
     for image, column in zip(images, grid.T, strict=False):
         for number, axes in enumerate(column):  # the image, then its views; half are mirrored
             expected = image.flip(2) if number and number % 2 == 0 else image
