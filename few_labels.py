@@ -21,7 +21,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -164,7 +164,9 @@ class Given:
         labels: `(n,)`, their classes.
         classes: K.
         encoder: a finished one, or a new one to train from scratch; it is the method's own.
-        features: of a finished encoder, or the pixels; None for methods that train an encoder.
+        features: standardised ones of a finished encoder, or the pixels, of the training images,
+            `train` `(N, D)`, and of the test images, `test` `(M, D)`.
+        near: what label spreading needs to know of the images' neighbours.
         seed: of the training.
         config: the settings.
         fabric: Lightning Fabric.
@@ -177,6 +179,7 @@ class Given:
     classes: int
     encoder: Any
     features: Any
+    near: Any
     seed: int
     config: Config
     fabric: Any
@@ -184,27 +187,28 @@ class Given:
 
 def nearest_mean(given: Given) -> Tensor:
     """The class whose labelled images' mean is the nearest."""
-    known = given.features.train[given.chosen]  # (n, D)
+    known = given.features["train"][given.chosen]  # (n, D)
     present = given.labels.unique()
     means = torch.stack([known[given.labels == label].mean(0) for label in present])  # (K, D)
-    return present[torch.cdist(given.features.test, means).argmin(1)]
+    return present[torch.cdist(given.features["test"], means).argmin(1)]
 
 
 def logistic_regression(given: Given) -> Tensor:
     """A linear layer with an L2 penalty, to convergence."""
-    known = given.features.train[given.chosen]
-    test, penalty = given.features.test, given.config.penalty
+    known = given.features["train"][given.chosen]
+    test, penalty = given.features["test"], given.config.penalty
     return functions.logistic_regression(known, given.labels, test, penalty)
 
 
 def train_mlp(given: Given) -> Tensor:
     """One hidden layer of 512 units with BatchNorm."""
-    width = given.features.train.shape[1]
+    width = given.features["train"].shape[1]
     hidden = (nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU())
     classifier = nn.Sequential(*hidden, nn.Linear(512, given.classes))
-    train(given, classifier, given.features.train[given.chosen], lambda batch, generator: batch)
+    known = given.features["train"][given.chosen]
+    train(given, classifier, known, lambda batch, generator: batch)
     with functions.evaluating(classifier):
-        return classifier(given.features.test).argmax(1)
+        return classifier(given.features["test"]).argmax(1)
 
 
 def spread_labels(given: Given) -> Tensor:
@@ -212,11 +216,11 @@ def spread_labels(given: Given) -> Tensor:
 
     A test image gets the mean of its neighbours' labels, weighted as the graph's edges are.
     """
-    features, chosen = given.features, given.chosen.cpu().numpy()
+    near, chosen = given.near, given.chosen.cpu().numpy()
     marks = F.one_hot(given.labels, given.classes).double().cpu().numpy()  # (n, K)
-    spread = graphs.spread(features.graph, chosen, marks, given.config.alpha)  # (N, K)
-    if features.test_near is not None:
-        spread = graphs.average_neighbours(spread, *features.test_near)  # (M, K)
+    spread = graphs.spread(near.graph, chosen, marks, given.config.alpha)  # (N, K)
+    if near.test_near is not None:
+        spread = graphs.average_neighbours(spread, *near.test_near)  # (M, K)
     return torch.from_numpy(spread[-len(given.test) :].argmax(1))
 
 
@@ -354,7 +358,8 @@ class Method(NamedTuple):
     """A row of the table: its name there, its colour, and what it starts from.
 
     `start` is `pixels`, a finished encoder's `features`, that `encoder` itself, or a `new` one.
-    `slow` ones take minutes; `exact` ones have no randomness of their own.
+    `slow` ones take minutes; `exact` ones have no randomness of their own. `graph` says by what the
+    images are neighbours: by their features `alone`, or `with pixels` beside them.
     """
 
     label: str
@@ -363,6 +368,7 @@ class Method(NamedTuple):
     predict: Callable[[Given], Tensor]
     slow: bool = False
     exact: bool = False
+    graph: Literal["", "alone", "with pixels"] = ""
 
 
 METHODS = {
@@ -375,7 +381,21 @@ METHODS = {
     ),
     "mlp": Method("MLP", "#009988", ("features",), train_mlp),
     "spreading": Method(
-        "label spreading", "#AA3377", ("pixels", "features"), spread_labels, exact=True
+        "label spreading",
+        "#AA3377",
+        ("pixels", "features"),
+        spread_labels,
+        exact=True,
+        graph="alone",
+    ),
+    "fused": Method(
+        "label spreading with pixels",
+        "#332288",
+        ("features",),
+        spread_labels,
+        False,
+        True,
+        "with pixels",
     ),
     "finetune": Method("fine-tuned", "#EE7733", ("encoder",), finetune, slow=True),
 }
@@ -448,28 +468,46 @@ def load_data(config: Config) -> datasets.ImageData:
     return data.for_choosing() if config.evaluate_on == "validation" else data
 
 
-def features_folder(folder: Path, start: str) -> Path:
-    """Where the features of a start are kept until the comparison is finished."""
-    return folder / "features" / start.replace("/", "-")
+def place(folder: Path, start: str, kind: str) -> Path:
+    """Where the `features` of a start, or the neighbours by a graph of that kind, are kept."""
+    return folder / "features" / f"{start.replace('/', '-')}-{kind}"
 
 
-def prepare_features(folder: Path, start: Start, data: datasets.ImageData, config: Config) -> None:
-    """Write the features of a start, once for all trainings and processes."""
-    parts = (data.train, data.test)
+def prepare(
+    folder: Path, tasks: Collection[Task], starts: dict[str, Start], config: Config
+) -> None:
+    """Write the features and neighbours that tasks need, once for all of them and all processes."""
+    needs = [(METHODS[task.method], task.start) for task in tasks]
+    named = {name for method, name in needs if {"pixels", "features"} & set(method.start)}
+    named |= {"pixels" for method, _ in needs if method.graph == "with pixels"}
+    data = load_data(config)
+    for name in sorted(named):
+        if not (path := place(folder, name, "features")).exists():
+            graphs.write_arrays(path, extract(starts[name], data, config))
+    for kind, name in sorted({(method.graph, name) for method, name in needs if method.graph}):
+        if not (path := place(folder, name, kind)).exists():
+            used = [name, "pixels"] if kind == "with pixels" else [name]
+            read = [graphs.read_arrays(place(folder, each, "features")) for each in used]
+            parts = [(torch.from_numpy(r["train"]), torch.from_numpy(r["test"])) for r in read]
+            found = graphs.find_neighbourhood(parts, config.neighbours, config.transductive)
+            graphs.write_arrays(path, found)
+
+
+def extract(start: Start, data: datasets.ImageData, config: Config) -> dict[str, Tensor]:
+    """Standardised features of the training and test images, `train` `(N, D)`, `test` `(M, D)`."""
+    parts = {"train": data.train, "test": data.test}
     if start.folder is None:
-        train, test = (datasets.to_float(part.images).flatten(1) for part in parts)  # (N, D)
+        found = {k: datasets.to_float(part.images).flatten(1) for k, part in parts.items()}
     else:
         encoder = frozen.load_encoder(start.folder, config.device)
-        fabric = encoder.fabric
-        train, test = (
-            functions.extract_features(encoder.network, part.to(fabric.device), fabric)
-            for part in parts
-        )
+        device, network = encoder.fabric.device, encoder.network
+        found = {
+            k: functions.extract_features(network, part.to(device), encoder.fabric)
+            for k, part in parts.items()
+        }
     # All training images say how features are spread, however few have labels.
-    mean, std = functions.measure_features(train)
-    k = config.neighbours if "spreading" in config.method_names else 0
-    standardized = ((train - mean) / std, (test - mean) / std)
-    graphs.write_features(folder, *standardized, k, config.transductive)
+    mean, std = functions.measure_features(found["train"])
+    return {k: (features - mean) / std for k, features in found.items()}
 
 
 class Trainer:
@@ -479,32 +517,45 @@ class Trainer:
         self.config, self.starts = config, read_starts(config.runs)
         self.fabric = devices.make_fabric(config.device, config.precision)
         self.data = load_data(config).to(self.fabric.device)
-        self.features = functools.lru_cache(maxsize=2)(
-            lambda start: graphs.read_features(features_folder(folder, start), self.fabric.device)
-        )
+        self.folder = folder
+        self.neighbourhood = functools.lru_cache(maxsize=4)(graphs.read_neighbourhood)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """The row of `few_labels.csv`."""
         from sklearn.metrics import f1_score
 
-        config, data, method = self.config, self.data, METHODS[task.method]
+        config, data, fabric = self.config, self.data, self.fabric
+        method = METHODS[task.method]
         began, seed = time.perf_counter(), config.seed + task.draw
         drawn = (config.seed, task.draw)
         chosen = draw_labels(data.train.labels, task.labels, drawn, config.draws)
-        chosen = chosen.to(self.fabric.device)
+        chosen = chosen.to(fabric.device)
         devices.seed_everything(seed)
-        encoder = features = None
+        encoder = features = near = None
         if {"new", "encoder"} & set(method.start):
             encoder = self.make_encoder(self.starts[task.start].folder)
         else:
-            features = self.features(task.start)
+            arrays = graphs.read_arrays(place(self.folder, task.start, "features"))
+            features = {k: torch.from_numpy(v).to(fabric.device) for k, v in arrays.items()}
+        if method.graph:
+            near = self.neighbourhood(place(self.folder, task.start, method.graph))
         images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
         if config.transductive:
             everything = torch.cat([images.images, test.images])
             images = dataclasses.replace(images, images=everything, paths=None)
         labels, classes = data.train.labels[chosen], len(data.classes)
         given = Given(
-            images, test, chosen, labels, classes, encoder, features, seed, config, self.fabric
+            images,
+            test,
+            chosen,
+            labels,
+            classes,
+            encoder,
+            features,
+            near,
+            seed,
+            config,
+            self.fabric,
         )
         predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
         row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
@@ -552,7 +603,7 @@ def train_missing(
 
 def name_line(task: Task, starts: dict[str, Start], transductive: bool) -> str:
     """What a training's line is called in tables and figures."""
-    seen = transductive and task.method in ("spreading", "fixmatch")
+    seen = transductive and (task.method == "fixmatch" or bool(METHODS[task.method].graph))
     group = starts[task.start].group
     name = METHODS[task.method].label + (f", {group}" if group else "")
     return name + (" (transductive)" if seen else "")
@@ -687,10 +738,7 @@ def main(config: Config) -> dict[str, Any]:
             f"{len(missing):,} of {len(tasks):,} trainings are to do, "
             f"{scores.estimate_time([*missing], rows, config.workers)}"
         )
-        for name in sorted({task.start for task in missing} - {"nothing"}):
-            folder = features_folder(run.folder, name)
-            if not (folder / "train.npy").exists():
-                prepare_features(folder, starts[name], data, config)
+        prepare(run.folder, missing, starts, config)
         rows = train_missing(config, run.folder, tasks, rows)
         shutil.rmtree(run.folder / "features", ignore_errors=True)  # they are gigabytes
         title = f"{len(data.test):,} {what} of {data.name}, {config.draws} draws"

@@ -6,6 +6,7 @@ N training images, M test images, D features, k neighbours of each, n labelled i
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,14 @@ DIMENSIONS = 192  # of the space in which neighbours are looked for
 
 
 @dataclass(frozen=True)
-class Features:
-    """What an encoder, or the pixels themselves, say of the images.
+class Neighbourhood:
+    """Each image's nearest others, as similarities and positions, and the graph that they make.
 
-    `train` `(N, D)` and `test` `(M, D)` are standardised. `near` are the similarities and positions
-    of each image's nearest others, as `neighbours.find_nearest` gives them; `test_near` those of
-    the test images among the training images. In a transductive comparison there is no `test_near`,
-    but the test images are the last of those in `near`.
+    `near` are those of the training images, in a transductive comparison then of the test images
+    too; otherwise `test_near` are the test images' nearest training images.
     """
 
-    train: Tensor
-    test: Tensor
-    near: tuple[np.ndarray, np.ndarray] | None
+    near: tuple[np.ndarray, np.ndarray]
     test_near: tuple[np.ndarray, np.ndarray] | None
 
     @functools.cached_property
@@ -55,35 +52,48 @@ def whiten(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(train @ axes, dim=1), F.normalize(test @ axes, dim=1)
 
 
-def write_features(folder: Path, train: Tensor, test: Tensor, k: int, transductive: bool) -> None:
-    """Write standardised features and the `k` nearest neighbours for `read_features`; k may be 0.
+def find_neighbourhood(
+    parts: Sequence[tuple[Tensor, Tensor]], k: int, transductive: bool
+) -> dict[str, Tensor]:
+    """The arrays of a `Neighbourhood`, by the mean of the cosines of several kinds of features.
 
-    `train.npy` comes last: a folder that has it is complete.
+    Args:
+        parts: standardised features of training and test images, `(N, D)` and `(M, D)` each.
+        k: neighbours of each image.
+        transductive: test images are among the neighbours, and have some of their own.
     """
+    both = zip(*(whiten(*part) for part in parts), strict=True)
+    bank, queries = (F.normalize(torch.cat(each, 1), dim=1) for each in both)
     arrays = {}
-    if k:
-        bank, queries = whiten(train, test)
-        if transductive:
-            bank = torch.cat([bank, queries])
-        else:
-            found = neighbours.find_nearest(queries, bank, k)
-            arrays["test_near"], arrays["test_where"] = found
-        arrays["near"], arrays["where"] = neighbours.find_nearest(bank, bank, k)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, values in {**arrays, "test": test, "train": train}.items():
-        with files.atomic_file(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+    if transductive:
+        bank = torch.cat([bank, queries])
+    else:
+        arrays["test_near"], arrays["test_where"] = neighbours.find_nearest(queries, bank, k)
+    arrays["near"], arrays["where"] = neighbours.find_nearest(bank, bank, k)
+    return arrays
+
+
+def write_arrays(folder: Path, arrays: dict[str, Tensor]) -> None:
+    """Write arrays into a folder that is whole or not there."""
+    files.make_folder(folder.parent)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    files.make_folder(unfinished)
+    for name, values in arrays.items():
+        with files.atomic_file(unfinished / f"{name}.npy") as path, path.open("wb") as file:
             np.save(file, values.cpu().numpy())
+    unfinished.rename(folder)
 
 
-def read_features(folder: Path, device: torch.device) -> Features:
-    """What `write_features` wrote; on a CPU processes share the memory."""
-    arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
-    near, test_near = (
-        (arrays[a], arrays[b]) if a in arrays else None
-        for a, b in (("near", "where"), ("test_near", "test_where"))
-    )
-    train, test = (torch.from_numpy(arrays[name]).to(device) for name in ("train", "test"))
-    return Features(train, test, near, test_near)
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; processes share the memory."""
+    return {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
+
+
+def read_neighbourhood(folder: Path) -> Neighbourhood:
+    """What `find_neighbourhood` found, out of the folder where it was written."""
+    arrays = read_arrays(folder)
+    test_near = (arrays["test_near"], arrays["test_where"]) if "test_near" in arrays else None
+    return Neighbourhood((arrays["near"], arrays["where"]), test_near)
 
 
 def edge_weights(similarity: np.ndarray) -> np.ndarray:

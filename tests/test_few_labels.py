@@ -147,11 +147,35 @@ def test_whitening_makes_all_kept_directions_equal():
 
 def given(features=None, test=None, labels=None, **changes):
     """What a method on features gets; the first images are labelled."""
-    held = None if features is None else graphs.Features(features, test, None, None)
+    held = None if features is None else {"train": features, "test": test}
     values = {"images": None, "test": None, "chosen": torch.arange(len(labels))}
     values |= {"labels": labels, "classes": int(labels.max()) + 1, "encoder": None}
-    values |= {"features": held, "seed": 0, "config": few_labels.Config(), "fabric": None}
+    values |= {
+        "features": held,
+        "near": None,
+        "seed": 0,
+        "config": few_labels.Config(),
+        "fabric": None,
+    }
     return few_labels.Given(**(values | changes))
+
+
+def test_neighbours_with_pixels_are_by_the_mean_of_both_cosines():
+    draw = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randn(60, d, generator=draw), torch.randn(7, d, generator=draw)) for d in (3, 4)
+    ]
+    white = [graphs.whiten(*part) for part in parts]
+    own, new = (sum(part[i] @ part[0].T for part in white) / 2 for i in (0, 1))
+    own.fill_diagonal_(-2)
+    found = graphs.find_neighbourhood(parts, 5, transductive=False)
+    torch.testing.assert_close(found["near"], own.topk(5).values)
+    torch.testing.assert_close(found["test_near"], new.topk(5).values)
+    assert torch.equal(found["where"], own.topk(5).indices)
+    found = graphs.find_neighbourhood(parts, 5, transductive=True)
+    assert found["where"].shape == (67, 5)
+    assert found["where"].max() > 60
+    assert "test_near" not in found
 
 
 def test_the_nearest_mean_is_scikit_learns():
@@ -244,7 +268,10 @@ def test_every_method_has_a_row_for_each_draw(finished):
         "nothing": ["scratch", "tuned", "fixmatch"],
         "pixels": ["mean", "linear", "spreading"],
         **{
-            f"simsiam/{n}": ["fixmatch", *["mean", "linear", "mlp", "spreading", "finetune"]]
+            f"simsiam/{n}": [
+                "fixmatch",
+                *["mean", "linear", "mlp", "spreading", "fused", "finetune"],
+            ]
             for n in "abc"
         },
     }
@@ -338,11 +365,9 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
     config = make_config(tmp_path, runs=(pretrained["a"],), dataset="digits", labels="20")
     config = dataclasses.replace(config, transductive=transductive)
     starts, data = few_labels.read_starts(config.runs), few_labels.load_data(config)
-    for name in ("pixels", "simsiam/a"):
-        place = few_labels.features_folder(tmp_path, name)
-        few_labels.prepare_features(place, starts[name], data, config)
     tasks = [t for t in few_labels.list_tasks(config, starts, len(data.train)) if t.draw == 0]
     assert {task.method for task in tasks} == set(few_labels.METHODS)
+    few_labels.prepare(tmp_path, tasks, starts, config)
     chosen = few_labels.draw_labels(data.train.labels, 20, (0, 0))
     hidden = (data.train.labels + 1) % 10
     hidden[chosen] = data.train.labels[chosen]
