@@ -72,7 +72,7 @@ def train(module, data, folder, fabric, scale=1, **changes):
         weight.register_hook(lambda gradient: gradient * scale)
     record = pretraining.Pretraining.record
 
-    def spy(self, loss, z, views):
+    def spy(self, loss, z, views=None):
         if losses:  # the step before is done
             gradients.append([weight.grad.clone() for weight in trained])
         losses.append(fabric.all_reduce(loss.detach()).item())
