@@ -299,7 +299,7 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, s
     close = {"rtol": 1e-8, "atol": 1e-8}
     torch.testing.assert_close(model.query_parameters(), weights, **close)
     torch.testing.assert_close(list(model.key_encoder.parameters()), followers, **close)
-    torch.testing.assert_close(model.queue, torch.stack(kept), **close)
+    torch.testing.assert_close(model.queue, torch.stack(kept), rtol=1e-6, atol=1e-6)  # float32
     assert all(weight.grad is None for weight in model.key_encoder.parameters())
 
 
