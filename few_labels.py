@@ -373,7 +373,7 @@ class Method(NamedTuple):
 METHODS = {
     "scratch": Method("from scratch, plain", "#AAAAAA", ("new",), train_plainly, slow=True),
     "tuned": Method("from scratch, tuned", "#333333", ("new",), train_tuned, slow=True),
-    "fixmatch": Method("FixMatch", "#CC3311", ("new", "encoder"), fixmatch, slow=True),
+    "fixmatch": Method("FixMatch", "#CC3311", ("new",), fixmatch, slow=True),
     "mean": Method("nearest mean", "#CCBB44", ("pixels", "features"), nearest_mean, exact=True),
     "linear": Method(
         "logistic regression", "#0077BB", ("pixels", "features"), logistic_regression, exact=True
@@ -397,6 +397,9 @@ METHODS = {
         "with pixels",
     ),
     "finetune": Method("fine-tuned", "#EE7733", ("encoder",), finetune, slow=True),
+    "fixmatch-finetune": Method(
+        "fine-tuned by FixMatch", "#CC3311", ("encoder",), fixmatch, slow=True
+    ),
 }
 
 
@@ -602,10 +605,10 @@ def train_missing(
 
 def name_line(task: Task, starts: dict[str, Start], transductive: bool) -> str:
     """What a training's line is called in tables and figures."""
-    seen = transductive and (task.method == "fixmatch" or bool(METHODS[task.method].graph))
+    unlabelled = METHODS[task.method].predict in (spread_labels, fixmatch)
     group = starts[task.start].group
     name = METHODS[task.method].label + (f", {group}" if group else "")
-    return name + (" (transductive)" if seen else "")
+    return name + (" (transductive)" if transductive and unlabelled else "")
 
 
 def write_results(
