@@ -39,7 +39,6 @@ from support import (
     datasets,
     devices,
     encoders,
-    figures,
     files,
     frozen,
     graphs,
@@ -374,7 +373,7 @@ class Method(NamedTuple):
 METHODS = {
     "scratch": Method("from scratch, plain", "#AAAAAA", ("new",), train_plainly, slow=True),
     "tuned": Method("from scratch, tuned", "#333333", ("new",), train_tuned, slow=True),
-    "fixmatch": Method("FixMatch", "#CC3311", ("new", "encoder"), fixmatch, slow=True),
+    "fixmatch": Method("FixMatch", "#CC3311", ("new",), fixmatch, slow=True),
     "mean": Method("nearest mean", "#CCBB44", ("pixels", "features"), nearest_mean, exact=True),
     "linear": Method(
         "logistic regression", "#0077BB", ("pixels", "features"), logistic_regression, exact=True
@@ -398,6 +397,9 @@ METHODS = {
         "with pixels",
     ),
     "finetune": Method("fine-tuned", "#EE7733", ("encoder",), finetune, slow=True),
+    "fixmatch-finetune": Method(
+        "fine-tuned by FixMatch", "#CC3311", ("encoder",), fixmatch, slow=True
+    ),
 }
 
 
@@ -603,59 +605,10 @@ def train_missing(
 
 def name_line(task: Task, starts: dict[str, Start], transductive: bool) -> str:
     """What a training's line is called in tables and figures."""
-    seen = transductive and (task.method == "fixmatch" or bool(METHODS[task.method].graph))
+    unlabelled = METHODS[task.method].predict in (spread_labels, fixmatch)
     group = starts[task.start].group
     name = METHODS[task.method].label + (f", {group}" if group else "")
-    return name + (" (transductive)" if seen else "")
-
-
-def plot_scores(path: Path, rows: scores.Rows, styles: dict[str, Task], title: str) -> None:
-    """Accuracy over the number of labels, with a band of ± sd: a panel per group of runs.
-
-    The first panel has the methods without pretraining; the best of them at each number is the
-    dashed line in the others.
-
-    Args:
-        path: where the picture goes.
-        rows: of `scores.csv`.
-        styles: a task of each name, whose `start` is its panel.
-        title: of the figure.
-    """
-    panels: dict[str, list[str]] = {}
-    for name, task in styles.items():
-        plain = task.start in ("nothing", "pixels")
-        panels.setdefault("without pretraining" if plain else task.start, []).append(name)
-    best: dict[int, float] = {}
-    for row in rows:
-        if row["name"] in panels.get("without pretraining", ()):
-            best[row["labels"]] = max(best.get(row["labels"], 0.0), 100 * row["accuracy"])
-    figure = figures.new_figure(max(6, 4.2 * len(panels)), 4.5)
-    figure.suptitle(figures.plain(title))
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    ticks = sorted({row["labels"] for row in rows})
-    for axes, (panel, names) in zip(every, panels.items(), strict=True):
-        for name in names:
-            points = sorted((r["labels"], r) for r in rows if r["name"] == name)
-            counts = [count for count, _ in points]
-            mean = np.array([100 * row["accuracy"] for _, row in points])
-            spread = np.array([100 * (row["accuracy_sd"] or 0.0) for _, row in points])
-            method, style = METHODS[styles[name].method], "-"
-            if styles[name].start == "pixels":
-                style = ":"
-            label = figures.plain(name.replace(f", {panel}", ""))
-            axes.plot(counts, mean, f"o{style}", color=method.color, label=label, markersize=4)
-            low, high = mean - spread, mean + spread
-            axes.fill_between(counts, low, high, color=method.color, alpha=0.2, linewidth=0)
-        if best and panel != "without pretraining":
-            line = zip(*sorted(best.items()), strict=True)
-            axes.plot(*line, "--", color="black", label="best without pretraining", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{n // 1000}k" if n >= 1000 else str(n) for n in ticks])
-        axes.minorticks_off()
-        axes.set_title(figures.plain(panel), fontsize="medium")
-        figures.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
-        axes.legend(frameon=False, loc="lower right", fontsize="small")
-    figures.save_figure(figure, path)
+    return name + (" (transductive)" if transductive and unlabelled else "")
 
 
 def write_results(
@@ -665,11 +618,12 @@ def write_results(
     named = [
         row | {"name": name_line(scores.task_of(row), starts, config.transductive)} for row in rows
     ]
-    styles = {
-        row["name"]: scores.task_of(row)._replace(start=starts[row["start"]].group or "nothing")
-        for row in named
-    }
-    plain = {n for n, task in styles.items() if task.start in ("nothing", "pixels")}
+    styles: dict[str, tuple[str, ...]] = {}
+    for row in named:
+        start, line = starts[row["start"]], ":" if row["start"] == "pixels" else "-"
+        panel = start.group if start.folder is not None else ""
+        styles[row["name"]] = (panel, METHODS[row["method"]].color, line)
+    plain = {name for name, (panel, _, _) in styles.items() if not panel}
     means = scores.summarize(named, {name: start.seconds for name, start in starts.items()})
     differences = scores.find_differences(named, means, frozenset(plain))
     files.write_csv(folder / "scores.csv", means)
@@ -678,7 +632,7 @@ def write_results(
     with files.atomic_file(folder / "table.md") as temporary:
         temporary.write_text(tables, encoding="utf-8")
     print(tables)
-    plot_scores(folder / "few_labels.png", means, styles, title)
+    scores.plot_scores(folder / "few_labels.png", means, styles, title)
     summary: dict[str, Any] = {}
     for mean in means:
         cells = summary.setdefault(f"accuracy of {mean['name']}", {})

@@ -1,4 +1,4 @@
-"""The trainings of a comparison by number of labels: what each got, their means, their differences.
+"""The trainings of a comparison by number of labels: their means, differences, tables and figure.
 
 A row is a training: the fields of its `Task`, `accuracy` and `macro_f1` in [0, 1], `seconds`, and
 `name`, the line of the table that it belongs to.
@@ -7,11 +7,12 @@ A row is a training: the fields of its `Task`, `accuracy` and `macro_f1` in [0, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from support import progress
+from support import figures, progress
 
 Rows = Sequence[dict[str, Any]]
 
@@ -135,3 +136,49 @@ def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     padded = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
     head, *rest = ["| " + " | ".join(row) + " |" for row in padded]
     return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rest]
+
+
+def plot_scores(path: Path, rows: Rows, styles: dict[str, tuple[str, ...]], title: str) -> None:
+    """Accuracy over the number of labels, with a band of ± sd: a panel per group of runs.
+
+    The first panel has the methods without pretraining; the best of them at each number is the
+    dashed line in the others.
+
+    Args:
+        path: where the picture goes.
+        rows: of `scores.csv`.
+        styles: of each name its panel, colour and line; the panel is empty without pretraining.
+        title: of the figure.
+    """
+    panels: dict[str, list[str]] = {}
+    for name, (panel, _, _) in styles.items():
+        panels.setdefault(panel or "without pretraining", []).append(name)
+    best: dict[int, float] = {}
+    for row in rows:
+        if row["name"] in panels.get("without pretraining", ()):
+            best[row["labels"]] = max(best.get(row["labels"], 0.0), 100 * row["accuracy"])
+    figure = figures.new_figure(max(6, 4.2 * len(panels)), 4.5)
+    figure.suptitle(figures.plain(title))
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    ticks = sorted({row["labels"] for row in rows})
+    for axes, (panel, names) in zip(every, panels.items(), strict=True):
+        for name in names:
+            points = sorted((r["labels"], r) for r in rows if r["name"] == name)
+            counts = [count for count, _ in points]
+            mean = np.array([100 * row["accuracy"] for _, row in points])
+            spread = np.array([100 * (row["accuracy_sd"] or 0.0) for _, row in points])
+            _, color, line = styles[name]
+            label = figures.plain(name.replace(f", {panel}", ""))
+            axes.plot(counts, mean, f"o{line}", color=color, label=label, markersize=4)
+            low, high = mean - spread, mean + spread
+            axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
+        if best and panel != "without pretraining":
+            rival = zip(*sorted(best.items()), strict=True)
+            axes.plot(*rival, "--", color="black", label="best without pretraining", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{n / 1000:g}k" if n >= 1000 else str(n) for n in ticks])
+        axes.minorticks_off()
+        axes.set_title(figures.plain(panel), fontsize="medium")
+        figures.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
+    figures.save_figure(figure, path)

@@ -269,13 +269,13 @@ def test_every_method_has_a_row_for_each_draw(finished):
         "pixels": ["mean", "linear", "spreading"],
         **{
             f"simsiam/{n}": [
-                "fixmatch",
+                "fixmatch-finetune",
                 *["mean", "linear", "mlp", "spreading", "fused", "finetune"],
             ]
             for n in "abc"
         },
     }
-    slow = {"scratch", "tuned", "fixmatch", "finetune"}
+    slow = {"scratch", "tuned", "fixmatch", "finetune", "fixmatch-finetune"}
     wanted = {
         (method, start, "20", str(draw))
         for start, methods in names.items()
