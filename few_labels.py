@@ -9,9 +9,10 @@ tested on the same images, which it has not seen. Runs that differ in nothing bu
 method, mean ± sd over runs and draws. Writes a row per training to `few_labels.csv`, then
 `scores.csv`, `differences.csv`, `table.md` and `few_labels.png`.
 
-No method chooses anything by a draw: the settings below were chosen once, on held-out training
-images (`--evaluate-on validation`, docs/results/pilots/few_labels.csv), every training takes
-`--steps` steps, and its last weights count. So all drawn labels are there to train with.
+No method chooses anything by a draw: settings are fixed, every training takes `--steps` steps, and
+its last weights count. So all drawn labels are there to train with. Crops and the rate of
+fine-tuning were chosen on held-out training images; those of label spreading and FixMatch have not
+been yet (`python benchmarks/pilots.py docs/results/pilots/few_labels.csv RUN` does it).
 """
 
 from __future__ import annotations

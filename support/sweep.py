@@ -214,7 +214,8 @@ class Sweep:
     def print_progress(self, trial: optuna.trial.FrozenTrial) -> None:
         """One line: how many have finished, this trial, the best one, the time that is left."""
         done = self.count_finished()
-        best = self.study.best_trial if self.trials("COMPLETE") else None
+        sign = 1 if self.study.direction.name == "MINIMIZE" else -1
+        best = min(self.trials("COMPLETE"), key=lambda trial: sign * trial.value, default=None)
         pace = (time.time() - self.began) / max(1, done - self.finished_before)
         left = progress.format_seconds(pace * max(0, self.config.trials - done))
         value = f"{trial.value:.4f}" if trial.value is not None else "      "
