@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions
+import moco
 import simclr
 import simsiam
 from support import datasets, devices, files, pretraining
@@ -36,7 +37,8 @@ FASHION = {"dataset": "fashion-mnist", "encoder": "small", "batch_size": 128, "e
 CIFAR: dict[str, Any] = {"dataset": "data/cifar10-images", "encoder": "resnet18", "width": 16}
 CIFAR |= {"view_size": "16", "batch_size": 128, "epochs": 20}
 CROP = {"augmentation": "crop"}
-SCRIPTS: dict[str, Any] = {"simclr": simclr, "simsiam": simsiam}
+SCRIPTS: dict[str, Any] = {"simclr": simclr, "simsiam": simsiam, "moco": moco}
+QUEUE = {"queue_size": 512}
 
 
 class FirstTenthDoneError(Exception):
@@ -190,6 +192,10 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("simsiam", FASHION | CROP | {"epochs": 10, "seed": 1}),
     ("simsiam", CIFAR | CROP | {"epochs": 10}),
     ("simsiam", CIFAR | CROP | {"epochs": 5, "head": "paper", "learning_rate": 0.03}),
+    ("moco", SMALL | QUEUE),
+    ("moco", SMALL | QUEUE | {"symmetric": True, "seed": 1, "epochs": 30}),
+    ("moco", FASHION | QUEUE | {"epochs": 3}),
+    ("moco", CIFAR | QUEUE | {"epochs": 5}),
 ]
 
 
