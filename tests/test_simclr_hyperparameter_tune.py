@@ -221,6 +221,7 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
 
 def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [256], "views": [2]})
+    monkeypatch.setattr(tune, "BANK", 200)
     config = make_config(tmp_path, trials=6, max_epochs=1, seed=4)
     best = tune.main(config)
     folder = tmp_path / "simclr_hyperparameter_tune" / "run"
