@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from support.runs import exit_cleanly
 from support.settings import Parser
 
 BATCH = 500  # images per step, as in functions.extract_features
-MAPPED = 10_000  # images, as in functions.images_to_map
+MAPPED = 10_000  # images, as in evaluation.images_to_map
 COLUMNS = (
     *("path", "class", "probability", "x", "y", "neighbour", "similarity"),
     *("training_neighbour", "training_similarity", "duplicate_of"),
@@ -153,6 +153,45 @@ def neighbour_rows(mine: Collection, near: dict[str, Near]) -> Iterator[dict[str
                 yield row | {"similarity": f"{value:.5f}"}
 
 
+def plot_sheet(
+    path: Path, names: Sequence[str], groups: Mapping[str, tuple[Tensor, Tensor | None]], title: str
+) -> None:
+    """A contact sheet: images, each with groups of others beside it.
+
+    Args:
+        path: where the picture goes.
+        names: of the images `(Q,)`.
+        groups: by their heading, pictures `(Q, k, C, h, w)`, uint8, and numbers `(Q, k)` or more
+            to write below them, or None.
+        title: of the sheet.
+    """
+    columns = sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values())
+    height = 1.4 * len(names) + 0.6
+    figure = figures.new_figure(0.8 * columns + 0.2, 0.8 * height)
+    axes = figure.subplots()
+    left = 0.0
+    for heading, (tiles, numbers) in groups.items():
+        axes.text(left, -0.4, heading, size=8, weight="bold")
+        for row in range(len(names)):
+            top = 1.4 * row
+            for i, tile in enumerate(tiles[row]):
+                shown = datasets.as_shown(tile).expand(3, -1, -1)
+                pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
+                box = (left + i, left + i + 0.95, top + 0.95, top)
+                axes.imshow(pixels, extent=box, interpolation="nearest")
+                if numbers is not None:
+                    text = f"{numbers[row, i]:.3f}"
+                    axes.text(left + i + 0.47, top + 1.11, text, size=7, ha="center")
+        left += tiles.shape[1] + 0.2
+    for row, name in enumerate(names):
+        axes.text(0, 1.4 * row - 0.05, figures.plain(name, 80), size=7)
+    axes.set_xlim(-0.05, columns)
+    axes.set_ylim(height - 0.6, -0.6)
+    axes.set_axis_off()
+    axes.set_title(figures.plain(title), size=9, loc="left")
+    figures.save_figure(figure, path)
+
+
 def plot_neighbours(
     path: Path, mine: Collection, near: dict[str, Near], channels: int, title: str
 ) -> None:
@@ -164,7 +203,7 @@ def plot_neighbours(
         best = index[queries, :5]  # (Q, k)
         if best.shape[1]:
             groups[heads[where]] = (others.tiles(best, channels, 96), similarity[queries])
-    functions.plot_neighbours(path, mine.names[queries.numpy()], groups, title)
+    plot_sheet(path, mine.names[queries.numpy()], groups, title)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

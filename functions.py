@@ -1,7 +1,7 @@
 """What two or more experiments share: loading images, measuring an encoder, plotting.
 
-Sections, in this order: loaders, evaluation, plots. A function lives here when two or more scripts
-share it and it names no paper's method; what a reader of an experiment need not see stands in
+Sections, in this order: loaders, accuracy helpers, plots. A function lives here when two or more
+scripts share it and it names no paper's method; what a reader of an experiment need not see stands in
 support/. Importing this module does nothing, and heavy libraries are imported where they are used,
 so `--help` is quick.
 
@@ -11,7 +11,6 @@ Letters in shape comments: N images, B batch, C H W channels, height, width, D f
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import warnings
@@ -26,19 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import (
-    checkpoints,
     datasets,
     decoding,
     devices,
-    encoders,
     figures,
-    files,
     folders,
-    page,
-    pretraining,
     progress,
-    runs,
-    supervised,
 )
 from support.errors import Diverged, UserError, require
 
@@ -158,7 +150,7 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> datasets.ImageData:
     )
 
 
-# -------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------- accuracy helpers
 
 
 @contextlib.contextmanager
@@ -502,195 +494,6 @@ def report_classes(
     return accuracies
 
 
-def probe_stage(
-    model: Any, data: datasets.ImageData, config: Any, folder: Path, fabric: Any
-) -> dict[str, Any]:
-    """Linear probe, kNN, per-class accuracy and the few-label score on the frozen encoder.
-
-    Writes `probe.csv`, `probe.png`, `per_class_accuracy.png`, `confusion_matrix.png`, the probe
-    itself to `probe.safetensors`, and its classes of the test images to `predictions.npz`.
-
-    Returns:
-        What it adds to `summary.json`: accuracies in [0, 1].
-    """
-    labels = (data.train.labels, data.test.labels)
-    features = [extract_features(model.encoder, part, fabric) for part in (data.train, data.test)]
-
-    def probe(inputs: Sequence[Tensor]) -> ProbeResult:
-        pairs = (inputs[0], labels[0], inputs[1], labels[1])
-        return linear_probe(*pairs, epochs=config.probe_epochs, seed=config.seed)
-
-    result = probe(features)
-    summary: dict[str, Any] = {
-        "linear_probe_accuracy": result.accuracy,
-        "knn_accuracy": knn_accuracy(features[0], labels[0], features[1], labels[1]),
-    }
-    files.write_csv(folder / "probe.csv", result.history)
-    about = {"about": json.dumps({"classes": data.classes})}
-    checkpoints.save_tensors(folder / "probe.safetensors", result.tensors, about)
-    everything = torch.arange(len(data.test))
-    arrays = {"predictions": result.predictions.numpy(), **origin(data.test, everything)}
-    files.write_arrays(folder / "predictions.npz", **arrays)
-    title = f"Linear probe on the frozen encoder, {data.name}: {result.accuracy:.1%}"
-    plot_loss_and_accuracy(folder / "probe.png", result.history, title)
-    title = f"Linear probe, {data.name}"
-    summary["per_class_accuracy"] = report_classes(result.predictions, data, folder, "", title)
-    inputs = {"encoder": features}
-    if config.pixel_baseline:
-        pixels = [datasets.to_float(part.images).flatten(1) for part in (data.train, data.test)]
-        inputs["pixels"] = pixels
-        summary["pixel_probe_accuracy"] = probe(pixels).accuracy
-    if config.few_labels:
-        for name, (known, unknown) in inputs.items():
-            summary[f"few_label_accuracy_{name}"] = few_label_accuracy(
-                known, labels[0], unknown, labels[1], config.few_labels
-            )
-    return summary
-
-
-def images_to_map(data: datasets.ImageData) -> tuple[Tensor, datasets.Split]:
-    """At most 10,000 test images (training images when there are no labels), and where they stand.
-
-    They are a random choice that is the same every time, in the order of the data set.
-    """
-    split = data.test or data.train
-    index = shuffled(len(split))[:10_000].sort().values
-    return index, split.select(index)
-
-
-def origin(split: datasets.Split, index: Tensor) -> dict[str, np.ndarray]:
-    """What tells in an `.npz` which image a row is of, for images at `index` in their split.
-
-    `index`, and `labels` and `paths` (of a folder's files) where there are any.
-    """
-    arrays = {"index": index.numpy()}
-    if split.labels is not None:
-        arrays["labels"] = split.labels.cpu().numpy()
-    if split.paths is not None:
-        arrays["paths"] = split.paths
-    return arrays
-
-
-def write_map_page(
-    folder: Path, data: datasets.ImageData, features: Tensor, coordinates: np.ndarray, title: str
-) -> None:
-    """Write `embedding.html`: the map of `images_to_map` with the images, to look around in.
-
-    It shows the linear probe's predictions when the probe stage has been done.
-    """
-    if not runs.has_package("plotly", "plotly", "embedding.html"):
-        return
-    index, split = images_to_map(data)
-    predictions = None
-    path = folder / "predictions.npz"
-    if data.test is not None and path.exists():
-        arrays = files.read_arrays(path)
-        require("predictions" in arrays, f"{path} is damaged: it lacks the predictions")
-        predictions = arrays["predictions"][index.numpy()]
-    labels = None if split.labels is None else split.labels.cpu().numpy()
-    page.write_page(
-        folder / "embedding.html",
-        coordinates=coordinates,
-        images=split.images,
-        names=split.paths,
-        neighbours=page.nearest(features),
-        labels=labels,
-        classes=data.classes or ("images",),
-        colors=figures.class_colors(len(data.classes)) or [figures.TRAIN_COLOR],
-        predictions=predictions,
-        title=title,
-    )
-
-
-def embed_stage(
-    model: Any, data: datasets.ImageData, config: Any, folder: Path, fabric: Any
-) -> None:
-    """Map the encoder's output (before the head) to two dimensions, at most 10,000 images.
-
-    Test images, or the training images of a data set without labels. Writes `embeddings.npz`,
-    `tsne.png` or `umap.png`, and `embedding.html`.
-    """
-    index, split = images_to_map(data)
-    features = extract_features(model.encoder, split, fabric)
-    arrays = {"features": features.cpu().numpy(), **origin(split, index)}
-    if config.embedding == "umap" and not runs.has_package("umap", "umap-learn", "umap.png"):
-        files.write_arrays(folder / "embeddings.npz", **arrays)
-        return
-    coordinates = project_2d(features, config.embedding, config.seed)
-    files.write_arrays(folder / "embeddings.npz", **arrays, coordinates=coordinates)
-    method = {"tsne": "t-SNE", "umap": "UMAP"}[config.embedding]
-    title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
-    path = folder / f"{config.embedding}.png"
-    plot_scatter(path, coordinates, arrays.get("labels"), data.classes, title)
-    write_map_page(folder, data, features, coordinates, title)
-
-
-def finetune_stage(
-    model: Any, data: datasets.ImageData, config: Any, folder: Path, fabric: Any
-) -> dict[str, Any]:
-    """Train the encoder and a linear layer on the labels (SimCLR, appendix B.8).
-
-    Adam 1e-3, batch 256, cosine, crops and flips only. An interrupted stage goes on from
-    `finetune_checkpoint.pt`. Writes `finetune.csv`, `finetune.png`, `finetune_*.png` and
-    `finetuned_encoder.safetensors`.
-    """
-    devices.seed_everything(config.seed)
-    layer = nn.Linear(model.encoder.num_features, len(data.classes))
-    channels, side = data.train.images.shape[1:3]
-    # A copy, as other stages want the frozen one; with plain BatchNorm, whatever pretraining had.
-    encoder = encoders.make_encoder(config.encoder, config.stem, channels, side, config.width)
-    encoder.load_state_dict(model.encoder.state_dict())
-    classifier = nn.Sequential(encoder, layer).to(fabric.device)
-    classifier = classifier.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3, fused=True)
-    checkpoint = folder / "finetune_checkpoint.pt"
-    history: list[dict[str, Any]] = []
-    if checkpoint.exists():
-        begun = checkpoints.load(checkpoint)["config"].get("finetune_epochs")
-        require(
-            begun == config.finetune_epochs,
-            f"{checkpoint} was begun with --finetune-epochs {begun}: give the same, or delete it "
-            "to begin anew",
-        )
-        _, history = checkpoints.restore(checkpoint, classifier, optimizer)
-        files.write_csv(folder / "finetune.csv", history)
-
-    def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
-        images = pretraining.crop_views(images, config, generator, crop_only=True)
-        return data.train.normalize(images).contiguous(memory_format=torch.channels_last)
-
-    epochs_left = config.finetune_epochs - len(history)
-    with progress.bar(epochs_left * len(data.train), "finetune") as bar:
-        for row in supervised.train_classifier(
-            classifier,
-            optimizer,
-            data.train.images,
-            data.train.labels,
-            prepare,
-            epochs=config.finetune_epochs,
-            seed=config.seed,
-            fabric=fabric,
-            start=len(history),
-        ):
-            logits = extract_features(classifier, data.test, fabric)
-            row["test_loss"] = F.cross_entropy(logits, data.test.labels).item()
-            row["test_accuracy"] = accuracy(logits.argmax(1), data.test.labels)
-            history.append(row)
-            checkpoints.check_finite(row["epoch"], classifier, optimizer)
-            checkpoints.save(checkpoint, row["epoch"], classifier, optimizer, history, config)
-            files.write_csv(folder / "finetune.csv", history)
-            bar.update(len(data.train))
-    logits = extract_features(classifier, data.test, fabric)
-    predictions = logits.argmax(1)
-    final = accuracy(predictions, data.test.labels)
-    title = f"Fine-tuned on all labels, {data.name}: {final:.1%}"
-    plot_loss_and_accuracy(folder / "finetune.png", history, title)
-    title = f"Fine-tuned, {data.name}"
-    accuracies = report_classes(predictions.cpu(), data, folder, "finetune_", title)
-    checkpoints.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
-    return {"finetune_accuracy": final, "finetune_per_class_accuracy": accuracies}
-
-
 # ------------------------------------------------------------------------------------- plots
 # Each plot is a function of numbers and a path, so it can be redrawn without training.
 
@@ -721,45 +524,6 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
             axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         grid[number, 0].set_ylabel(f"view {number}" if number else "image")
-    figures.save_figure(figure, path)
-
-
-def plot_neighbours(
-    path: Path, names: Sequence[str], groups: Mapping[str, tuple[Tensor, Tensor | None]], title: str
-) -> None:
-    """A contact sheet: images, each with groups of others beside it.
-
-    Args:
-        path: where the picture goes.
-        names: of the images `(Q,)`.
-        groups: by their heading, pictures `(Q, k, C, h, w)`, uint8, and numbers `(Q, k)` or more
-            to write below them, or None.
-        title: of the sheet.
-    """
-    columns = sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values())
-    height = 1.4 * len(names) + 0.6
-    figure = figures.new_figure(0.8 * columns + 0.2, 0.8 * height)
-    axes = figure.subplots()
-    left = 0.0
-    for heading, (tiles, numbers) in groups.items():
-        axes.text(left, -0.4, heading, size=8, weight="bold")
-        for row in range(len(names)):
-            top = 1.4 * row
-            for i, tile in enumerate(tiles[row]):
-                shown = datasets.as_shown(tile).expand(3, -1, -1)
-                pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
-                box = (left + i, left + i + 0.95, top + 0.95, top)
-                axes.imshow(pixels, extent=box, interpolation="nearest")
-                if numbers is not None:
-                    text = f"{numbers[row, i]:.3f}"
-                    axes.text(left + i + 0.47, top + 1.11, text, size=7, ha="center")
-        left += tiles.shape[1] + 0.2
-    for row, name in enumerate(names):
-        axes.text(0, 1.4 * row - 0.05, figures.plain(name, 80), size=7)
-    axes.set_xlim(-0.05, columns)
-    axes.set_ylim(height - 0.6, -0.6)
-    axes.set_axis_off()
-    axes.set_title(figures.plain(title), size=9, loc="left")
     figures.save_figure(figure, path)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import evaluation
 import functions
 from support import datasets, encoders, pretraining, runs, settings, verdict
 from support.errors import require
@@ -245,9 +246,9 @@ def main(config: Config) -> dict[str, Any]:
         config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
     )
     stages = {
-        "probe": functions.probe_stage,
-        "embed": functions.embed_stage,
-        "finetune": functions.finetune_stage,
+        "probe": evaluation.probe,
+        "embed": evaluation.embed,
+        "finetune": evaluation.finetune,
     }
     return pretraining.run_experiment(config, data, SimCLR, pretrain, stages)
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import evaluation
 import functions
 from support import augment, datasets, encoders, files, pretraining, randaugment, runs, verdict
 from support.errors import require
@@ -217,8 +218,8 @@ def embed(
     Training images of a data set without labels. Writes `embeddings.npz` and, for z and p,
     `umap_*.png` and `umap_*.csv` with the coordinates, and `embedding.html` of z.
     """
-    index, split = functions.images_to_map(data)
-    arrays = functions.origin(split, index)
+    index, split = evaluation.images_to_map(data)
+    arrays = evaluation.origin(split, index)
     labels = arrays.get("labels")
     has_umap = runs.has_package("umap", "umap-learn", "the map of z and p")
     for name, tail in (("z", ()), ("p", (model.predictor,))):
@@ -236,7 +237,7 @@ def embed(
             rows = [row | {"class": data.classes[k]} for row, k in zip(rows, labels, strict=True)]
         files.write_csv(folder / f"umap_{name}.csv", rows)
         if name == "z":
-            functions.write_map_page(folder, data, features, points, title)
+            evaluation.write_map_page(folder, data, features, points, title)
     arrays["features"] = arrays["z"]
     if has_umap:
         arrays["coordinates"] = arrays["z_coordinates"]
@@ -255,7 +256,7 @@ def main(config: Config) -> dict[str, Any]:
     data = functions.load_images(
         config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
     )
-    stages = {"probe": functions.probe_stage, "embed": embed}
+    stages = {"probe": evaluation.probe, "embed": embed}
     return pretraining.run_experiment(config, data, SimSiam, pretrain, stages)
 
 

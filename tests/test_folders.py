@@ -12,6 +12,7 @@ import torch
 from image_folders import load_folder, make_folder, names_of, write_image
 from PIL import Image
 
+import evaluation
 import functions
 from support import datasets, decoding, files, folders
 from support.errors import UserError
@@ -153,7 +154,7 @@ def test_any_name_of_folder_class_and_file_works(tmp_path, folder, file):
     assert sorted(train + names_of(data.test, made)) == sorted(names)
     assert classes_of(data.train, data) == [path.split("/")[0] for path in train]
     index = torch.arange(len(data.test))
-    files.write_arrays(tmp_path / "where.npz", **functions.origin(data.test, index))
+    files.write_arrays(tmp_path / "where.npz", **evaluation.origin(data.test, index))
     arrays = files.read_arrays(tmp_path / "where.npz")
     assert arrays["paths"].tolist() == names_of(data.test, made)
     assert arrays["labels"].tolist() == data.test.labels.tolist()

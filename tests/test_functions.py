@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+import evaluation
 import functions
 from support import checkpoints, datasets, devices, encoders, figures, files
 
@@ -512,7 +513,7 @@ def probed(tmp_path_factory):
     torch.manual_seed(0)
     model = SimpleNamespace(encoder=encoders.SmallEncoder(1, 8))
     settings = {"probe_epochs": 8, "seed": 1, "pixel_baseline": True, "few_labels": 3}
-    result = functions.probe_stage(model, data, SimpleNamespace(**settings), folder, None)
+    result = evaluation.probe(model, data, SimpleNamespace(**settings), folder, None)
     return SimpleNamespace(folder=folder, data=data, model=model, result=result)
 
 
@@ -555,8 +556,8 @@ def test_predictions_and_maps_tell_which_image_a_row_is_of(probed):
     assert arrays["labels"].tolist() == probed.data.test.labels.tolist()
     right = (arrays["predictions"] == arrays["labels"]).mean()
     assert right == pytest.approx(probed.result["linear_probe_accuracy"])
-    index, split = functions.images_to_map(probed.data)
-    mapped = functions.origin(split, index)
+    index, split = evaluation.images_to_map(probed.data)
+    mapped = evaluation.origin(split, index)
     assert np.array_equal(mapped["labels"], arrays["labels"][mapped["index"]])
     assert torch.equal(split.images, probed.data.test.images[mapped["index"]])
 
@@ -566,11 +567,11 @@ def test_a_map_takes_ten_thousand_images_at_most_in_the_order_of_the_data(count)
     paths = np.array([f"{i}.png" for i in range(count)])
     images = torch.zeros(count, 1, 1, 1, dtype=torch.uint8)
     split = datasets.Split(images, None, paths)
-    index, chosen = functions.images_to_map(datasets.ImageData("flat", (), split, None))
+    index, chosen = evaluation.images_to_map(datasets.ImageData("flat", (), split, None))
     assert len(index) == len(index.unique()) == min(count, 10_000)
     assert index.tolist() == sorted(index.tolist())
     assert chosen.paths.tolist() == [f"{i}.png" for i in index]
-    arrays = functions.origin(chosen, index)
+    arrays = evaluation.origin(chosen, index)
     assert arrays.keys() == {"index", "paths"}
     assert arrays["paths"].tolist() == [f"{i}.png" for i in arrays["index"]]
     if count > 10_000:  # from everywhere, so from all classes of a folder

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluation
 import functions
 from support import datasets, files, page
 
@@ -170,7 +171,7 @@ def test_the_page_shows_the_names_of_files_in_a_browser(tmp_path, browser):
     assert shown == [f"a/{i} <b>.png" for i in (12, *others)]
 
 
-# functions.write_map_page, which gives the page its data
+# evaluation.write_map_page, which gives the page its data
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x05\x06" + bytes(18)], ids=ascii)
@@ -179,7 +180,7 @@ def test_damaged_predictions_are_one_line(tmp_path, user_error, content):
     (tmp_path / "predictions.npz").write_bytes(content)
     points = np.zeros((len(data.test), 2))
     with user_error(tmp_path / "predictions.npz", "damaged"):
-        functions.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+        evaluation.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
 
 
 def test_the_map_shows_the_probes_predictions_of_its_own_images(tmp_path):
@@ -190,10 +191,10 @@ def test_the_map_shows_the_probes_predictions_of_its_own_images(tmp_path):
     test = datasets.Split(images, numbers % 10)
     data = datasets.ImageData("numbered", tuple("0123456789"), test, test)
     files.write_arrays(tmp_path / "predictions.npz", predictions=(numbers % 7).numpy())
-    index, split = functions.images_to_map(data)
+    index, split = evaluation.images_to_map(data)
     assert torch.equal(split.images, images[index])
     points = np.stack((index.numpy(), index.numpy()), 1)
-    functions.write_map_page(tmp_path, data, torch.rand(len(index), 2), points, "map")
+    evaluation.write_map_page(tmp_path, data, torch.rand(len(index), 2), points, "map")
     found = data_of((tmp_path / "embedding.html").read_text())
     assert [point[0] for point in found["points"]] == index.tolist()
     assert found["labels"] == (index % 10).tolist()
@@ -204,7 +205,7 @@ def test_without_plotly_the_page_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     data = functions.load_images("digits")
     points = np.zeros((len(data.test), 2))
-    functions.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+    evaluation.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
     assert list(tmp_path.iterdir()) == []
     assert "pip install plotly" in capsys.readouterr().out
 
@@ -212,7 +213,7 @@ def test_without_plotly_the_page_is_left_out(tmp_path, monkeypatch, capsys):
 def test_a_folder_without_labels_has_one_class_of_images(tmp_path):
     split = datasets.Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), None)
     data = datasets.ImageData("flat", (), split, None)
-    functions.write_map_page(tmp_path, data, torch.rand(6, 2), np.zeros((6, 2)), "map")
+    evaluation.write_map_page(tmp_path, data, torch.rand(6, 2), np.zeros((6, 2)), "map")
     found = data_of((tmp_path / "embedding.html").read_text())
     assert (found["labels"], found["labelled"], found["predictions"]) == ([0] * 6, False, None)
     assert len(found["classes"]) == len(found["colors"]) == 1

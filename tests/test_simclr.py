@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_pretraining import compute_in_float64, make_data, metrics, noise, state_of, without_times
 from test_simclr_loss import loop_over_positives
 
+import evaluation
 import functions
 import simclr
 from support import (
@@ -321,7 +322,7 @@ def test_the_map_shows_the_encoders_output_of_the_right_images(
         return np.arange(2.0 * len(features)).reshape(-1, 2)
 
     monkeypatch.setattr(functions, "project_2d", project)
-    functions.embed_stage(model, data, config, tmp_path, fabric)
+    evaluation.embed(model, data, config, tmp_path, fabric)
     split = data.test if labels else data.train
     pixels = data.train.images / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
@@ -352,7 +353,7 @@ def finetune(folder, fabric, config=None, data=None, model=None):
     config = config or small_config(finetune_epochs=4, flip_probability=0.3)
     folder.mkdir(exist_ok=True)
     model = model or make_model(config, 5)
-    return functions.finetune_stage(model, data or make_data(120), config, folder, fabric)
+    return evaluation.finetune(model, data or make_data(120), config, folder, fabric)
 
 
 def test_finetuning_trains_a_copy_and_resumes_exactly(tmp_path, monkeypatch, fabric):

@@ -44,6 +44,7 @@ from torch import nn
 from torchvision.datasets import CIFAR10
 
 import compare
+import evaluation
 import few_labels
 import functions
 import rnn
@@ -282,7 +283,7 @@ def make_labels(folder):
 
 def load_predictions(folder):
     features = torch.eye(8)
-    functions.write_map_page(folder, tiny_data(), features, features.numpy()[:, :2], "a map")
+    evaluation.write_map_page(folder, tiny_data(), features, features.numpy()[:, :2], "a map")
     return digest((folder / "embedding.html").read_text())
 
 
