@@ -1,9 +1,9 @@
 """What two or more experiments share: loading images, measuring an encoder, plotting.
 
 Sections, in this order: loaders, accuracy helpers, plots. A function lives here when two or more
-scripts share it and it names no paper's method; what a reader of an experiment need not see stands in
-support/. Importing this module does nothing, and heavy libraries are imported where they are used,
-so `--help` is quick.
+scripts share it and it names no paper's method; what a reader of an experiment need not see stands
+in support/. Importing this module does nothing, and heavy libraries are imported where they are
+used, so `--help` is quick.
 
 Letters in shape comments: N images, B batch, C H W channels, height, width, D features, K classes.
 """

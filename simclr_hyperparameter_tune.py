@@ -30,16 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 import functions
+import label_free
 import simclr
 from support import (
     datasets,
     devices,
     figures,
     files,
-    pretraining,
     report,
     runs,
     settings,
@@ -66,13 +65,6 @@ SPACE: dict[str, Any] = {
     "projection_size": [32, 64, 128, 256],
     "views": [2, 4],
 }
-SCORES = {
-    "rotation": "rotation probe, accuracy in [0, 1]",
-    "lidar": "LiDAR, an effective rank",
-    "rankme": "RankMe, an effective rank",
-    "alphareq": "-|alpha - 1|, alpha-ReQ",
-}
-AUDIT = {"linear": "linear probe", "knn": "kNN"}  # accuracies in [0, 1], on held-out images
 BANK, QUERIES = 10_000, 5_000  # at most so many images are scored
 KEPT = 3  # one of so many goes on to the next rung; so many are confirmed, with so many seeds
 
@@ -86,9 +78,7 @@ class Config(sweep.SweepConfig, trials=60, max_epochs=18):
     objective: Literal["rotation", "lidar", "rankme", "alphareq"] = setting(
         "rotation", "sweep", "the score that decides; all are recorded"
     )
-    encoder: Literal["small", "resnet18", "resnet34", "resnet50"] = setting(
-        "resnet18", "model", "as in simclr.py"
-    )
+    encoder: str = setting("resnet18", "model", "as in simclr.py")
     stem: Literal["cifar", "imagenet"] = setting("cifar", "model", "as in simclr.py")
     width: int = setting(64, "model", "as in simclr.py")
     view_size: str | None = setting(None, "model", "as in simclr.py")
@@ -144,7 +134,9 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
     if there is none, new settings are tried on the first. In the second half of the time, or when
     there are nine trials left, the best three are trained on the last rung with three seeds.
     """
-    trials = [trial for trial in search.trials() if trial.state.name != "FAIL" or ended(trial)]
+    trials = [
+        trial for trial in search.trials() if trial.state.name != "FAIL" or sweep.is_finished(trial)
+    ]
     known = [parameters_of(trial) for trial in trials]
 
     def missing(parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -159,16 +151,14 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
                     return wanted
     for rung, longer in reversed(list(zip(config.rungs, config.rungs[1:], strict=False))):
         ranked = on_rung(trials, rung, config.seed)
-        done = sum(parameters_of(trial).get("epochs") == rung and ended(trial) for trial in trials)
+        done = sum(
+            parameters_of(trial).get("epochs") == rung and sweep.is_finished(trial)
+            for trial in trials
+        )
         for trial in ranked[: done // KEPT]:
             if wanted := missing(trial.params, epochs=longer):
                 return wanted
     return {"epochs": config.rungs[0], "seed": config.seed}
-
-
-def ended(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial has a result, or failed for a reason of its own."""
-    return sweep.is_finished(trial)
 
 
 def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
@@ -199,97 +189,6 @@ def best_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
             if first not in found:
                 found.append(first)
     return found
-
-
-def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any) -> float:
-    """How well a linear layer on frozen features tells four rotations apart, in [0, 1].
-
-    It is trained on the training images, each in all four rotations, and tested on the others
-    (Reed et al. 2021, section 3.1). Chance is 0.25.
-    """
-    parts: list[Tensor] = []
-    for split in (data.train, data.test):
-        turned = [
-            dataclasses.replace(split, images=split.images.rot90(turns, (2, 3)))
-            for turns in range(4)
-        ]
-        features = [functions.extract_features(encoder, each, fabric) for each in turned]
-        parts.append(torch.cat(features))  # (4N, D)
-        parts.append(torch.arange(4).repeat_interleave(len(split)).to(features[0].device))
-    train, labels, held_out, held_out_labels = parts
-    return functions.linear_probe(train, labels, held_out, held_out_labels, epochs=20).accuracy
-
-
-def lidar(
-    encoder: nn.Module, train: datasets.Split, config: simclr.Config, fabric: Any, copies: int = 10
-) -> float:
-    """LiDAR: effective rank of what separates images from each other among their views.
-
-    Each of a thousand images is a class, its views are the class's samples; of the features'
-    scatter between images, whitened by that within, the entropy of the eigenvalues is taken
-    (Thilak et al. 2023, https://arxiv.org/abs/2312.04000, section 4; theirs are fifty views).
-    """
-    images = train.images[functions.shuffled(len(train))[:1000].to(train.images.device)]
-    generator = devices.epoch_generator(0, 0, images.device)
-    views = [pretraining.crop_views(images, config, generator) for _ in range(copies)]
-    features = torch.stack(
-        [
-            functions.extract_features(encoder, dataclasses.replace(train, images=each), fabric)
-            for each in views
-        ]
-    ).double()  # (V, N, D)
-    return discriminant_rank(features.cpu())
-
-
-def discriminant_rank(features: Tensor) -> float:
-    """Exp of the entropy of the LDA matrix's eigenvalues, of features `(V, N, D)` of N classes."""
-    means = features.mean(0)  # (N, D)
-    centred = means - means.mean(0)
-    between = centred.T @ centred / len(means)  # (D, D)
-    rest = (features - means).flatten(0, 1)  # (V N, D)
-    within = rest.T @ rest / len(rest) + 1e-4 * torch.eye(rest.shape[1], dtype=rest.dtype)
-    values, vectors = torch.linalg.eigh(within)
-    whiten = vectors / values.sqrt()  # (D, D)
-    eigenvalues = torch.linalg.eigvalsh(whiten.T @ between @ whiten).clamp(min=0)
-    p = eigenvalues / eigenvalues.sum().clamp(min=1e-12) + 1e-7
-    return torch.exp(-(p * p.log()).sum()).item()
-
-
-def alpha_req(features: Tensor) -> float:
-    """The exponent alpha with which the covariance's eigenvalues fall: lambda_i ~ i^-alpha.
-
-    Fitted on a log scale to the third to the hundredth of features `(N, D)`; encoders that are good
-    for other tasks tend to be near 1 (Agrawal et al. 2022, https://arxiv.org/abs/2202.05808).
-    """
-    values = torch.linalg.svdvals((features - features.mean(0)).double().cpu()).square()
-    values = values[2:100].clamp(min=1e-12).log()
-    ranks = torch.arange(3, 3 + len(values), dtype=values.dtype).log()
-    ranks = ranks - ranks.mean()
-    return -((ranks * values).sum() / ranks.square().sum()).item()
-
-
-def measure(
-    encoder: nn.Module, data: datasets.ImageData, config: simclr.Config, fabric: Any
-) -> dict[str, float]:
-    """All scores of a frozen encoder, the larger the better, and the audit where there are labels.
-
-    The training images are those of `data.train`, scored on its test images, which must be held
-    out of the training images.
-    """
-    bank, queries = (
-        functions.extract_features(encoder, split, fabric) for split in (data.train, data.test)
-    )
-    scores = {
-        "rotation": rotation_accuracy(encoder, data, fabric),
-        "lidar": lidar(encoder, data.train, config, fabric),
-        "rankme": functions.rank_me(bank),
-        "alphareq": -abs(alpha_req(bank) - 1),
-    }
-    if data.classes:
-        labelled = (bank, data.train.labels, queries, data.test.labels)
-        scores["linear"] = functions.linear_probe(*labelled, epochs=20).accuracy
-        scores["knn"] = functions.knn_accuracy(*labelled)
-    return scores
 
 
 def load_splits(config: Config) -> datasets.ImageData:
@@ -340,7 +239,7 @@ class Objective:
             contextlib.redirect_stderr(silence),
         ):
             simclr.pretrain(model, self.data, config, runs.Run(Path(folder)), self.fabric)
-        scores = measure(model.encoder, self.scored, config, self.fabric)
+        scores = label_free.measure(model.encoder, self.scored, config, self.fabric)
         for name, value in scores.items():
             trial.set_user_attr(name, value)
         return scores[self.config.objective]
@@ -357,8 +256,10 @@ def main(config: Config) -> dict[str, Any]:
     simclr.Config(encoder=config.encoder, width=config.width, view_size=config.view_size)
     print(data)
     if config.objective == "rotation":
-        print("the rotation probe needs images with an upright orientation: textures, cells or")
-        print("aerial pictures have none, and are better searched with --objective lidar")
+        print(
+            "the rotation probe needs images with an upright orientation; textures, cells or aerial"
+        )
+        print("pictures have none: search them with another --objective")
     names = ("objective", "image_size", "max_epochs", "seed", "encoder", "stem", "width")
     about = {name: getattr(config, name) for name in (*names, "view_size")}
     about |= {"data": data.fingerprint(), "space": SPACE}
@@ -387,14 +288,18 @@ def write_results(
     """
     trials = study.get_trials()
     folder, columns = run.folder, [*SPACE, "seed"]
-    attributes = [name for name in (*SCORES, *AUDIT) if name in AUDIT or name != config.objective]
+    attributes = [
+        name
+        for name in (*label_free.SCORES, *label_free.AUDIT)
+        if name in label_free.AUDIT or name != config.objective
+    ]
     rows = sweep.trial_rows(trials, config.objective, ["epochs", *columns], attributes)
     files.write_csv(folder / "trials.csv", rows)
     for row in rows:
         run.log(row, row["trial"])
     ranked = ranked_settings(trials, config)
     if not ranked:
-        failed = [trial for trial in trials if ended(trial)]
+        failed = [trial for trial in trials if sweep.is_finished(trial)]
         require(not failed, f"all {len(failed)} trials failed: see trials.csv")
         return {}
     title = f"SimCLR sweep on {figures.plain(Path(config.dataset).name)}"
@@ -406,7 +311,11 @@ def write_results(
         files.write_csv(folder / "audit.csv", audit)
         print_audit(audit)
         plot_audit(folder / "audit.png", trials, config, title)
-    best = {**ranked[0], "objective": config.objective, "trials": sum(map(ended, trials))}
+    best = {
+        **ranked[0],
+        "objective": config.objective,
+        "trials": sum(map(sweep.is_finished, trials)),
+    }
     files.write_json(folder / "best.json", best)
     print(f"rank trial  epochs  seeds  {config.objective}")
     for rank, row in enumerate(ranked[:5], 1):
@@ -471,9 +380,9 @@ def audit_rows(trials: Trials, config: Config) -> list[dict[str, Any]]:
         if len(chosen) < 5:
             continue
         best = max(each["linear"] for each in chosen)
-        for score in SCORES:
+        for score in label_free.SCORES:
             row = {"epochs": epochs, "trials": len(chosen), "score": score}
-            for audit in AUDIT:
+            for audit in label_free.AUDIT:
                 pairs = [[each[score], each[audit]] for each in chosen]
                 r = float(spearmanr(pairs).statistic)
                 width = 1.96 * math.sqrt((1 + r**2 / 2) / (len(chosen) - 3))
@@ -500,7 +409,11 @@ def plot_audit(path: Path, trials: Trials, config: Config, title: str) -> None:
     """Each score against the linear probe's accuracy; a colour for each rung."""
     figure = figures.new_figure(11, 3.4)
     figure.suptitle(title)
-    for axes, (name, text) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
+    for axes, (name, text) in zip(
+        figure.subplots(1, len(label_free.SCORES)),
+        label_free.SCORES.items(),
+        strict=True,
+    ):
         for epochs, color in zip(config.rungs, figures.CLASS_COLORS, strict=False):
             chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
             points = [(each[name], 100 * each["linear"]) for each in chosen]

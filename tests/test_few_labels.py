@@ -12,6 +12,7 @@ from scipy import stats
 from sklearn.neighbors import NearestCentroid
 from sklearn.semi_supervised import LabelSpreading
 
+import classifiers
 import few_labels
 import functions
 import simsiam
@@ -157,7 +158,7 @@ def given(features=None, test=None, labels=None, **changes):
         "config": few_labels.Config(),
         "fabric": None,
     }
-    return few_labels.Given(**(values | changes))
+    return classifiers.Given(**(values | changes))
 
 
 def test_neighbours_with_pixels_are_by_the_mean_of_both_cosines():
@@ -183,12 +184,12 @@ def test_the_nearest_mean_is_scikit_learns():
     features, test = torch.randn(50, 5, generator=draw), torch.randn(200, 5, generator=draw)
     labels = torch.tensor([0, 3, 3, 1, 0, 1, 1])  # nobody has drawn class 2
     expected = NearestCentroid().fit(features[:7].numpy(), labels.numpy()).predict(test.numpy())
-    found = few_labels.nearest_mean(given(features, test, labels))
+    found = classifiers.nearest_mean(given(features, test, labels))
     assert found.tolist() == expected.tolist()
 
 
 def test_logistic_regression_of_a_single_class_says_it():
-    found = few_labels.logistic_regression(
+    found = classifiers.logistic_regression(
         given(torch.randn(9, 3), torch.randn(4, 3), torch.tensor([2, 2]))
     )
     assert found.tolist() == [2] * 4
@@ -207,7 +208,7 @@ def test_the_loss_of_fixmatch_is_that_of_a_naive_loop():
             expected = expected - strong[i].log_softmax(0)[q.argmax()].detach() / 30
             counted += 1
     assert 5 < counted < 25
-    loss = few_labels.fixmatch_loss(logits, labels, weak, strong, 0.8)
+    loss = classifiers.fixmatch_loss(logits, labels, weak, strong, 0.8)
     torch.testing.assert_close(loss, expected.detach())
     assert not loss.requires_grad  # no gradient reaches the guesses
 
@@ -216,11 +217,11 @@ def test_the_strong_view_differs_more_than_the_weak_one():
     images = functions.load_images("digits").train.images[:64]
     config = few_labels.Config(flip_probability=0)
     draw = torch.Generator().manual_seed(0)
-    weak = few_labels.augment_weakly(images, config, draw)
+    weak = classifiers.augment_weakly(images, config, draw)
     assert weak.dtype == torch.uint8
     moved = {tuple(image.flatten().tolist()) for image in images[:, :, 1:, 1:]}
     assert sum(tuple(i.flatten().tolist()) in moved for i in weak[:, :, :-1, :-1]) > 0
-    strong = few_labels.augment_strongly(images, config, draw)
+    strong = classifiers.augment_strongly(images, config, draw)
     assert strong.shape == images.shape
     assert 0 <= strong.min() <= strong.max() <= 1
     assert ((strong == 0.5).flatten(1).sum(1) >= 4).all()  # Cutout's grey square, cut at the border
@@ -366,7 +367,7 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
     config = dataclasses.replace(config, transductive=transductive)
     starts, data = few_labels.read_starts(config.runs), few_labels.load_data(config)
     tasks = [t for t in few_labels.list_tasks(config, starts, len(data.train)) if t.draw == 0]
-    assert {task.method for task in tasks} == set(few_labels.METHODS)
+    assert {task.method for task in tasks} == set(classifiers.METHODS)
     few_labels.prepare(tmp_path, tasks, starts, config)
     chosen = few_labels.draw_labels(data.train.labels, 20, (0, 0))
     hidden = (data.train.labels + 1) % 10

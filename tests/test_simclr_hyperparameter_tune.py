@@ -14,6 +14,7 @@ import torch
 from scipy.stats import spearmanr
 
 import functions
+import label_free
 import simclr
 import simclr_hyperparameter_tune as tune
 from support import datasets, settings, sweep
@@ -154,8 +155,10 @@ def test_the_rotation_probe_knows_up_from_down_and_guesses_where_there_is_none()
     noise = np.random.default_rng(0).integers(0, 100, (400, 8, 8))
     upright = noise.copy()
     upright[:, :2] += 120
-    assert tune.rotation_accuracy(Pixels(), turned(upright), None) > 0.99
-    assert tune.rotation_accuracy(Pixels(), turned(noise), None) == pytest.approx(0.25, abs=0.06)
+    assert label_free.rotation_accuracy(Pixels(), turned(upright), None) > 0.99
+    assert label_free.rotation_accuracy(Pixels(), turned(noise), None) == pytest.approx(
+        0.25, abs=0.06
+    )
 
 
 def test_lidar_is_the_rank_of_what_separates_images():
@@ -165,7 +168,7 @@ def test_lidar_is_the_rank_of_what_separates_images():
     views = torch.randn(10, 400, 32, dtype=torch.float64)
     views[..., :12] = means + 0.1 * views[..., :12]
     views[..., 12:] *= 5
-    found = tune.discriminant_rank(views)
+    found = label_free.discriminant_rank(views)
     assert 11.5 < found < 13.5
 
     # The same from sums over images and views, and the matrix's own root.
@@ -190,7 +193,7 @@ def test_alpha_req_finds_the_exponent(alpha):
     q = torch.linalg.qr(torch.randn(300, 64, dtype=torch.float64) - 0)[0]
     q = torch.linalg.qr(q - q.mean(0))[0]  # centred, orthogonal
     features = q * torch.arange(1, 65, dtype=torch.float64).pow(-alpha / 2)
-    assert tune.alpha_req(features) == pytest.approx(alpha, abs=1e-6)
+    assert label_free.alpha_req(features) == pytest.approx(alpha, abs=1e-6)
 
 
 def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path):
@@ -198,7 +201,7 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
     rng = np.random.default_rng(0)
     trials = []
     for number in range(12):
-        scores = {name: float(rng.random()) for name in (*tune.SCORES, *tune.AUDIT)}
+        scores = {name: float(rng.random()) for name in (*label_free.SCORES, *label_free.AUDIT)}
         distributions = {
             name: optuna.distributions.CategoricalDistribution([value])
             for name, value in FIRST.items()
@@ -211,7 +214,7 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
         )  # fmt: skip
         trials[-1].number = number
     rows = tune.audit_rows(trials, config)
-    assert [row["score"] for row in rows] == list(tune.SCORES)
+    assert [row["score"] for row in rows] == list(label_free.SCORES)
     for row in rows:
         table = [[t.user_attrs[row["score"]], t.user_attrs["linear"]] for t in trials]
         assert row["linear"] == pytest.approx(spearmanr(table).statistic)
@@ -250,8 +253,10 @@ def test_images_without_labels_are_scored_and_not_audited(tmp_path):
         train=dataclasses.replace(data.train.select(torch.arange(300)), labels=None),
         test=dataclasses.replace(data.test.select(torch.arange(100)), labels=None),
     ).measured()
-    scores = tune.measure(Pixels(), bare, tune.trained_config(config, {**FIRST, "views": 2}), None)
-    assert set(scores) == set(tune.SCORES)
+    scores = label_free.measure(
+        Pixels(), bare, tune.trained_config(config, {**FIRST, "views": 2}), None
+    )
+    assert set(scores) == set(label_free.SCORES)
 
 
 def test_too_few_images_are_one_line(tmp_path, monkeypatch):
