@@ -31,6 +31,7 @@ from support import (
     devices,
     encoders,
     files,
+    model_card,
     progress,
     report,
     runs,
@@ -472,7 +473,7 @@ def run_experiment(
         config: the script's `Config`.
         data: what it names.
         make_model: from `config` and the images' channels and side to a model with an attribute
-            `encoder`.
+            `encoder`, which has `num_features`.
         pretrain: trains the model and returns the rows of `metrics.csv`.
         stages: by name; each returns what it adds to `summary.json`.
         free: the settings that may differ when a finished run is evaluated again.
@@ -567,6 +568,7 @@ def run_experiment(
             summary = run.summarize(values, config.epochs)
             (run.folder / f"{name}_checkpoint.pt").unlink(missing_ok=True)
         report.write_report(run.folder, type(config))
+        model_card.write_card(run.folder, type(config), data, model.encoder)
         try:
             print_results(summary, run.folder)
         except (LookupError, TypeError, ValueError) as error:

@@ -19,8 +19,8 @@ from support import devices, encoders, frozen, pretraining, runs, settings
 
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json embeddings.npz "
-    "predictions.npz embedding.html loss.png views.png report.html probe.png tsne.png "
-    "confusion_matrix.png per_class_accuracy.png probe.csv probe.safetensors finetune.csv "
+    "predictions.npz embedding.html loss.png views.png report.html MODEL_CARD.md probe.png "
+    "tsne.png confusion_matrix.png per_class_accuracy.png probe.csv probe.safetensors finetune.csv "
     "finetune.png finetune_confusion_matrix.png finetune_per_class_accuracy.png "
     "finetuned_encoder.safetensors"
 )

@@ -266,6 +266,7 @@ class Model(nn.Module):
     def __init__(self, config, channels, size):
         super().__init__()
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 6))
+        self.encoder.num_features = 6
         self.head = nn.Linear(6, 4)
 
     def forward(self, images):

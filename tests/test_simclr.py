@@ -37,8 +37,8 @@ REPOSITORY = Path(simclr.__file__).resolve().parent
 CIFAR10_IMAGES = REPOSITORY / "data" / "cifar10-images"
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json embeddings.npz "
-    "predictions.npz embedding.html loss.png views.png report.html probe.png tsne.png "
-    "confusion_matrix.png per_class_accuracy.png probe.csv probe.safetensors"
+    "predictions.npz embedding.html loss.png views.png report.html MODEL_CARD.md probe.png "
+    "tsne.png confusion_matrix.png per_class_accuracy.png probe.csv probe.safetensors"
 )
 
 

@@ -21,8 +21,8 @@ from support import devices, pretraining, randaugment, runs, settings
 
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png views.png "
-    "report.html probe.csv probe.png per_class_accuracy.png confusion_matrix.png embeddings.npz "
-    "umap_z.png umap_z.csv predictions.npz embedding.html umap_p.png umap_p.csv "
+    "report.html MODEL_CARD.md probe.csv probe.png per_class_accuracy.png confusion_matrix.png "
+    "embeddings.npz umap_z.png umap_z.csv predictions.npz embedding.html umap_p.png umap_p.csv "
     "checkpoints probe.safetensors"
 )
 
