@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
+# LOCKED=1 installs exactly the versions of requirements.lock.
+REQUIREMENTS = requirements.$(if $(LOCKED),lock,txt)
+INSTALLED = .venv/installed$(if $(LOCKED),-locked)
 
-.PHONY: help install demo cpu-hour test test-faults bench lint format clean
+.PHONY: help install demo cpu-hour test test-faults bench lint format lock release clean
 help:
 	@echo "make demo    pretrain on the embedded digits, probe, draw (about a minute)"
 	@echo "make cpu-hour  SimCLR on CIFAR-10, an hour on two cores; DATASET=path for a folder"
@@ -9,28 +12,31 @@ help:
 	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
 	@echo "make bench   speed and memory beside the alternatives: half an hour; DATASET=path for CIFAR-10"
 	@echo "make reproduce-NAME  run what docs/results/NAME comes from; DATASET=cifar10 for another source"
+	@echo "make ... LOCKED=1  with exactly the versions that were tested, those of requirements.lock"
+	@echo "make lock    write requirements.lock with the versions that .venv has"
+	@echo "make release  encoders and checksums of reproduced runs, or of RUNS='folder ...', in release/"
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
-.venv/installed: requirements.txt
+$(INSTALLED): $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-install: .venv/installed
+install: $(INSTALLED)
 
 # Digits must not be mirrored, hence no flip; the other settings were chosen on held-out training
 # images.
-demo: .venv/installed
+demo: $(INSTALLED)
 	$(BIN)/python simclr.py --dataset digits --encoder small --epochs 200 --batch-size 256 \
 		--crop-scale-min 0.35 --flip-probability 0 --temperature 0.2 --pixel-baseline
 
 # More or fewer --epochs take another time; the recipe stays.
-cpu-hour: .venv/installed
+cpu-hour: $(INSTALLED)
 	$(BIN)/python simclr.py --dataset $(or $(DATASET),cifar10) --width 32 --view-size 16,16,16,24 \
 		--epochs 54 --batch-size 256 --learning-rate 0.15 --warmup-epochs 2 --temperature 0.1 \
 		--knn-every 0
@@ -57,8 +63,19 @@ bench: .venv/installed-dev
 	$$run/embedding.py; $$run/startup.py $$data; $$run/growth.py
 
 # make reproduce-simclr-digits; DATASET=cifar10 where the result names a folder of JPEG files
-reproduce-%: .venv/installed
+reproduce-%: $(INSTALLED)
 	$(BIN)/python docs/results/reproduce.py $* $(if $(DATASET),--dataset $(DATASET))
+
+# The lock holds for Linux, macOS and Windows, and for Python 3.11 and newer.
+lock: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip freeze > .venv/tested.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
+		--constraint .venv/tested.txt --custom-compile-command "make lock" \
+		--output-file requirements.lock requirements.txt
+
+release: $(INSTALLED)
+	$(BIN)/python docs/results/release.py $(RUNS)
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
