@@ -18,7 +18,7 @@ import functions
 from support import settings
 
 ROOT = Path(functions.__file__).resolve().parent
-RESULTS = sorted(ROOT.glob("docs/results/*/config*.json"))
+RESULTS = reproduce.find_configs()
 
 
 def table(page, heading):
@@ -32,7 +32,7 @@ def table(page, heading):
 
 def measured(name):
     """The runs of a committed result, those of other seeds together."""
-    return compare.group(reproduce.read_committed(ROOT / "docs/results" / name))
+    return compare.group(reproduce.read_committed(name))
 
 
 def scores(text):
@@ -58,7 +58,7 @@ def is_time(text, runs):
 def is_processor(text, name):
     """Whether a README's `2 Xeon or EPYC cores` are what a result's config.json files say."""
     cores, processors = re.fullmatch(r"(\d) (.*) cores?", text).groups()
-    configs = [json.loads(p.read_text()) for p in (ROOT / "docs/results" / name).glob("config*")]
+    configs = [json.loads(path.read_text()) for path in reproduce.find_configs(name)]
     known = {(str(config["threads"]), config["hardware"].split()[1]) for config in configs}
     return {(cores, processor) for processor in processors.split(" or ")} <= known
 
@@ -160,7 +160,9 @@ def assert_same_settings(config, committed):
     assert len(both) > 10
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=[f"{p.parent.name}/{p.stem}" for p in RESULTS])
+@pytest.mark.parametrize(
+    "path", RESULTS, ids=["/".join(p.with_suffix("").parts[-2:]) for p in RESULTS]
+)
 def test_a_result_is_run_again_with_its_settings(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     committed = json.loads(path.read_text())
@@ -279,11 +281,18 @@ def test_more_test_images_have_a_smaller_spread():
     assert "DIFFERS: two spreads are 0.6 points" in reproduce.compare_scores(*runs)[0]
 
 
-def test_runs_of_several_processors_are_one_result(tmp_path):
+def test_runs_of_several_processors_are_one_result(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
     for number, kind in enumerate(("bf16-mixed", "32-true")):
         config = {"script": "simclr", "seed": number, "computed_in": kind}
-        (tmp_path / f"config-{number}.json").write_text(json.dumps(config))
-        (tmp_path / f"summary-{number}.json").write_text("{}")
-        (tmp_path / f"metrics-{number}.csv").write_text("epoch\n1\n")
-    ((first, second),) = compare.group(reproduce.read_committed(tmp_path))
-    assert (first.settings["seed"], second.settings["seed"]) == (0, 1)
+        (tmp_path / f"made/config-{number}.json").write_text(json.dumps(config))
+        (tmp_path / f"made/summary-{number}.json").write_text("{}")
+        (tmp_path / f"made/metrics-{number}.csv").write_text("epoch\n1\n")
+    folder = tmp_path / "made" / "seed2"  # a run with its encoder has a folder of its own
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"script": "simclr", "seed": 2}))
+    (folder / "summary.json").write_text("{}")
+    (folder / "metrics.csv").write_text("epoch\n1\n")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    (runs,) = compare.group(reproduce.read_committed("made"))
+    assert [run.settings["seed"] for run in runs] == [0, 1, 2]

@@ -48,11 +48,20 @@ def commands(committed: dict, name: str) -> list[list[str]]:
     return made
 
 
-def read_committed(source: Path) -> list[compare.Run]:
-    """The runs of a committed result, whose files end in `-seed1` and the like for further runs."""
+def find_configs(result: str = "*") -> list[Path]:
+    """`config.json` of all runs of a result.
+
+    A result with encoders has a folder for each run; else a run's files lie in the result's own
+    folder, and end in `-seed1` or the like where there are several.
+    """
+    return sorted([*RESULTS.glob(f"{result}/config*.json"), *RESULTS.glob(f"{result}/*/config.json")])
+
+
+def read_committed(result: str) -> list[compare.Run]:
+    """The runs of a committed result, in the order of `find_configs`."""
     committed = []
-    for config in sorted(source.glob("config*.json")):
-        suffix = config.stem.removeprefix("config")
+    for config in find_configs(result):
+        source, suffix = config.parent, config.stem.removeprefix("config")
         with tempfile.TemporaryDirectory() as folder:
             for name in ("config.json", "summary.json", "metrics.csv"):
                 path = source / f"{Path(name).stem}{suffix}{Path(name).suffix}"
@@ -86,14 +95,15 @@ def compare_scores(committed: Sequence[compare.Run], here: Sequence[compare.Run]
 
 def main() -> None:
     """Do all runs of the result that the first argument names."""
-    known = sorted({path.parent.name for path in RESULTS.glob("*/config*.json")})
+    known = sorted({path.relative_to(RESULTS).parts[0] for path in find_configs()})
     if len(sys.argv) < 2 or sys.argv[1] not in known:
         print(f"error: name one of {', '.join(known)}", file=sys.stderr)
         raise SystemExit(2)
     source, more = RESULTS / sys.argv[1], sys.argv[2:]
     folders = []
-    for path in sorted(source.glob("config*.json")):
-        name = f"reproduced-{source.name}{path.stem.removeprefix('config')}"
+    for path in find_configs(source.name):
+        name = "-".join(["reproduced", *path.relative_to(RESULTS).with_suffix("").parts])
+        name = name.replace("-config", "")
         committed = json.loads(path.read_text())
         folders.append(Path("results", committed["script"], name))
         for words in commands(committed, name):
@@ -107,7 +117,7 @@ def main() -> None:
             loss = json.loads((folder / "best.json").read_text())["validation_loss"]
             print(f"best validation loss {loss:.3f} in {folder}")
         return
-    committed = read_committed(source)
+    committed = read_committed(source.name)
     here = dict(
         zip(map(id, committed), [r for f in folders for r in compare.read_run(f)], strict=True)
     )
