@@ -68,7 +68,6 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
     pooling: Literal["last", "mean"] = setting(
         "last", "model", "the MLP sees the output after the last row, or the mean over all rows"
     )
-    layer_dropout: float = setting(0.0, "model", "dropout between recurrent layers")
     recurrent_init: Literal["uniform", "orthogonal"] = setting(
         "uniform", "model", "first recurrent weights: PyTorch's uniform, or orthogonal"
     )
@@ -79,11 +78,8 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
         10, "training", "plateau: epochs without a better validation loss before the rate falls"
     )
     train_fraction: float = setting(1.0, "training", "share of the training images to use")
-    augmentation: Literal["none", "original", "standard", "strong"] = setting(
-        "standard",
-        "training",
-        "standard: mirror, small shift; strong: a larger shift, and cutout; original: flips, "
-        "rotation, jitter",
+    augmentation: Literal["none", "original", "standard"] = setting(
+        "standard", "training", "standard: mirror, small shift; original: flips, rotation, jitter"
     )
 
     def __post_init__(self) -> None:
@@ -96,13 +92,7 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
             most = 100 if name == "num_layers" else 65_536
             fits = 1 <= getattr(self, name) <= most
             require(fits, f"{settings.flag(name)} must be at least 1, at most {most:,}")
-        for name in ("dropout", "layer_dropout"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{settings.flag(name)} must be in [0, 1), not {value}")
-        require(
-            self.layer_dropout == 0 or self.num_layers > 1,
-            "--layer-dropout needs --num-layers of 2 or more",
-        )
+        require(0 <= self.dropout < 1, f"--dropout must be in [0, 1), not {self.dropout}")
         require(self.patience >= 0, "--patience must not be negative")
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
 
@@ -141,7 +131,6 @@ class RowRNN(nn.Module):
             hidden,
             config.num_layers,
             batch_first=True,
-            dropout=config.layer_dropout,
             bidirectional=config.bidirectional,
         )
         if config.recurrent_init == "orthogonal":
@@ -235,20 +224,17 @@ def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Augment float images `(B, C, H, W)` in [0, 1], each with its own parameters.
 
     `original` is what the public version of this experiment meant to do; `standard` mirrors and
-    shifts by up to a sixteenth of the side (two pixels of 32); `strong` shifts by up to an eighth
-    and cuts out a square of a quarter of the side.
+    shifts by up to a sixteenth of the side (two pixels of 32).
     """
     if kind == "original":
         images = augment.random_horizontal_flip(images, 0.5, generator)
         images = augment.random_horizontal_flip(images.mT, 0.5, generator).mT  # vertical
         images = augment.random_rotation(images, 90, generator)
         return augment.color_jitter(images, 0.5, 0.5, 0.5, 0.5, generator=generator)
-    if kind in ("standard", "strong"):
-        side = images.shape[-1]
+    if kind == "standard":
         images = augment.random_horizontal_flip(images, 0.5, generator)
-        most = max(1, side // (16 if kind == "standard" else 8))
-        images = augment.random_shift(images, most, generator)
-    return augment.random_cutout(images, side // 4, generator) if kind == "strong" else images
+        images = augment.random_shift(images, max(1, images.shape[-1] // 16), generator)
+    return images
 
 
 class Batches:

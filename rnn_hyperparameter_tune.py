@@ -59,7 +59,6 @@ WIDE: dict[str, Any] = {
     "pooling": ["last", "mean"],
     "bidirectional": [False, True],
     "recurrent_init": ["uniform", "orthogonal"],
-    "augmentation": ["standard", "strong"],
     "schedule": ["plateau", "cosine"],
 }
 
@@ -75,10 +74,12 @@ class Config(sweep.SweepConfig):
         "median", "sweep", "how hopeless trials are stopped early"
     )
     space: Literal["original", "wide"] = setting(
-        "original", "sweep", "what is searched; wide: also pooling, directions, views and so on"
+        "original",
+        "sweep",
+        "what is searched; wide: also pooling, directions, orthogonal start, schedule",
     )
     train_fraction: float = setting(1.0, "sweep", "share of the training images to use")
-    augmentation: Literal["none", "original", "standard", "strong"] = setting(
+    augmentation: Literal["none", "original", "standard"] = setting(
         "standard", "sweep", "as in rnn.py, where it is not searched"
     )
 

@@ -7,11 +7,13 @@ A row of the table is a run: `name`, `script`, `flags`. Self-supervised runs kee
 training images back (`--evaluate-on validation`) and are scored on them by linear probe and kNN;
 few_labels.py's by the mean over methods and numbers of labels; rnn.py's have validation images.
 What each run of `simclr.csv` gets goes into `simclr-scores.csv` beside it. A second call leaves out
-the runs that are finished and goes on with the one that was stopped, so a longer table takes the
-time of its new rows. Other flags, like `--dataset`, are given to all rows.
+the rows that have a score, wherever it was made, and goes on with the one that was stopped, so a
+longer table takes the time of its new rows. `--only NAMES` runs these rows here, scored or not.
+Other flags, like `--dataset`, are given to all rows.
 """
 
 import argparse
+import csv
 import shlex
 import subprocess
 import sys
@@ -64,6 +66,14 @@ def run(row: dict[str, str], folder: Path, flags: list[str]) -> dict[str, Any]:
     return {**row, **scores, "minutes": round(summary["seconds"] / 60, 1), **about}
 
 
+def read_scores(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of scores, or none where there is no such file yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def main() -> None:
     """Run the rows of a table, and print the scores."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -73,19 +83,21 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     require(arguments.table.is_file(), f"there is no table {arguments.table}")
     table = files.read_csv(arguments.table, dict.fromkeys(("name", "script", "flags"), str))
-    wanted = arguments.only.split(",") if arguments.only else [row["name"] for row in table]
+    path = arguments.table.with_name(f"{arguments.table.stem}-scores.csv")
+    scores = {row["name"]: row for row in read_scores(path)}
+    new = [row["name"] for row in table if scores.get(row["name"], {}).get("flags") != row["flags"]]
+    wanted = arguments.only.split(",") if arguments.only else new
     unknown = set(wanted) - {row["name"] for row in table}
     require(not unknown, f"{arguments.table} has no row {sorted(unknown)}")
     strange = {row["script"] for row in table} - SHARED.keys()
     require(not strange, f"{arguments.table} knows {', '.join(SHARED)}, not {sorted(strange)}")
-    scored = []
     for row in table:
-        folder = arguments.results / arguments.table.stem / row["script"] / row["name"]
-        if row["name"] in wanted or is_finished(folder):
-            scored.append(run(row, folder, flags))
-            files.write_csv(arguments.table.with_name(f"{arguments.table.stem}-scores.csv"), scored)
-    for row in scored:
-        numbers = "  ".join(f"{row[score]:.1%}" for score in SCORES if score in row)
+        if row["name"] in wanted:
+            folder = arguments.results / arguments.table.stem / row["script"] / row["name"]
+            scores[row["name"]] = run(row, folder, flags)
+            files.write_csv(path, list(scores.values()))
+    for row in scores.values():
+        numbers = "  ".join(f"{float(row[score]):.1%}" for score in SCORES if row.get(score))
         print(f"{row['name']:30} {numbers}  {row['minutes']} min")
 
 

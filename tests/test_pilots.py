@@ -27,9 +27,14 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(tmp_path):
     assert float(scored["linear_probe_accuracy"]) == summary["linear_probe_accuracy"]
     assert float(scored["knn_accuracy"]) == summary["knn_accuracy"]
     assert files.read_json(folder / "config.json")["evaluate_on"] == "validation"
+    elsewhere = {**scored, "name": "two", "knn_accuracy": 0.25}
+    files.write_csv(tmp_path / "table-scores.csv", [scored, elsewhere])
     again = call(tmp_path, "--only", "one", "--dataset", "digits")
     assert again.returncode == 0, again.stderr
     assert "training images" not in again.stdout  # nothing ran
+    assert [line.split()[0] for line in again.stdout.splitlines()] == ["one", "two"]
+    assert len((tmp_path / "table-scores.csv").read_text().splitlines()) == 3
+    assert "25.0%" in call(tmp_path).stdout  # both rows have a score
     assert call(tmp_path, "--only", "three").returncode == 2
     files.write_csv(tmp_path / "table.csv", [{**rows[0], "script": "other"}])
     strange = call(tmp_path)

@@ -5,11 +5,9 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,30 +18,21 @@ import functions
 from support import settings
 
 ROOT = Path(functions.__file__).resolve().parent
-TEXT = (ROOT / "README.md").read_text()
-RESULTS = sorted(ROOT.glob("docs/results/*/config*.json"))
+RESULTS = reproduce.find_configs()
 
 
-def table(heading):
+def table(page, heading):
     """The rows of the first table below a heading, as head of the column to cell."""
-    part = TEXT[TEXT.index(f"\n{heading}\n") :]
+    text = (ROOT / page).read_text()
+    part = text[text.index(f"{heading}\n") :]
     lines = re.search(r"^\|.*\n(\|.*\n)+", part, re.MULTILINE)[0].splitlines()
     head, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def measured(name):
-    """The runs of a committed result as compare.py reads them, those of other seeds together."""
-    runs = []
-    for config in sorted((ROOT / "docs/results" / name).glob("config*.json")):
-        suffix = config.stem.removeprefix("config")
-        with tempfile.TemporaryDirectory() as folder:
-            for file in (Path("config.json"), Path("summary.json"), Path("metrics.csv")):
-                shutil.copy(
-                    config.with_name(f"{file.stem}{suffix}{file.suffix}"), Path(folder, file)
-                )
-            runs += compare.read_run(Path(folder))
-    return compare.group(runs)
+    """The runs of a committed result, those of other seeds together."""
+    return compare.group(reproduce.read_committed(name))
 
 
 def scores(text):
@@ -66,15 +55,24 @@ def is_time(text, runs):
     return text in (minutes, f"{round(min(seconds))} to {round(max(seconds))} s")
 
 
+def is_processor(text, name):
+    """Whether a README's `2 Xeon or EPYC cores` are what a result's config.json files say."""
+    cores, processors = re.fullmatch(r"(\d) (.*) cores?", text).groups()
+    configs = [json.loads(path.read_text()) for path in reproduce.find_configs(name)]
+    known = {(str(config["threads"]), config["hardware"].split()[1]) for config in configs}
+    return {(cores, processor) for processor in processors.split(" or ")} <= known
+
+
 def rows_of_results():
     name = None
-    for row in table("## Numbers"):
+    for row in table("README.md", "## Results"):
         name = name if row["`make reproduce-`"] == "the same" else row["`make reproduce-`"]
         yield pytest.param(name.strip("`"), row, id=f"{row['script']} {row['setting']}")
 
 
 @pytest.mark.parametrize(("name", "row"), list(rows_of_results()))
 def test_the_results_table_says_what_was_measured(name, row):
+    assert is_processor(row["on"], name)
     if row["script"].startswith("sweep"):
         best = json.loads((ROOT / "docs/results" / name / "best.json").read_text())
         assert row["result"] == f"validation loss {best['validation_loss']:.3f}"
@@ -94,7 +92,7 @@ def test_the_results_table_says_what_was_measured(name, row):
 
 def test_the_hour_is_what_was_measured():
     by_epochs = {str(len(runs[0].rows)): runs for runs in measured("simclr-cpu-hour")}
-    rows = table("### An hour on two cores")
+    rows = table("docs/cpu_hour.md", "# An hour on two cores")
     assert {row["`--epochs`"] for row in rows} == set(by_epochs)
     for row in rows:
         seeds, *scores, _, minutes = shown(by_epochs[row["`--epochs`"]])
@@ -118,7 +116,7 @@ def test_the_cells_are_what_was_measured():
     }
     said = {
         (cell, pair.replace(" / ", "% / ").replace(" %", "%"))
-        for row in table("### Row by row")
+        for row in table("docs/row_by_row.md", "# Row by row")
         for cell, pair in row.items()
         if cell and pair
     }
@@ -128,7 +126,7 @@ def test_the_cells_are_what_was_measured():
 def test_simclr_beside_simsiam_is_what_was_measured():
     found = measured("simclr-simsiam-fashion-mnist")
     by_batch = {(runs[0].script, f"{runs[0].settings['batch_size']:,}"): runs for runs in found}
-    rows = table("### SimCLR beside SimSiam")
+    rows = table("docs/results.md", "## SimCLR beside SimSiam")
     assert {(row[""].lower(), row["batch"]) for row in rows} == set(by_batch)
     for row in rows:
         runs = by_batch[row[""].lower(), row["batch"]]
@@ -139,7 +137,7 @@ def test_simclr_beside_simsiam_is_what_was_measured():
 
 def test_few_labels_are_what_was_measured():
     summary = json.loads((ROOT / "docs/results/simsiam-fashion-mnist/summary.json").read_text())
-    rows = table("### Few labels")
+    rows = table("docs/few_labels.md", "## Results")
     assert len(rows) == 5
     for row in rows:
         labels, *said = (cell.replace(",", "") for cell in row.values())
@@ -151,7 +149,8 @@ def test_few_labels_are_what_was_measured():
 def test_the_speed_table_says_what_was_measured():
     command = [sys.executable, str(ROOT / "benchmarks/table.py")]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert made in TEXT, "after `make bench` put what benchmarks/table.py prints into the README"
+    text = (ROOT / "docs/speed.md").read_text()
+    assert made in text, "after `make bench` put what benchmarks/table.py prints into docs/speed.md"
 
 
 def assert_same_settings(config, committed):
@@ -161,7 +160,9 @@ def assert_same_settings(config, committed):
     assert len(both) > 10
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=[f"{p.parent.name}/{p.stem}" for p in RESULTS])
+@pytest.mark.parametrize(
+    "path", RESULTS, ids=["/".join(p.with_suffix("").parts[-2:]) for p in RESULTS]
+)
 def test_a_result_is_run_again_with_its_settings(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     committed = json.loads(path.read_text())
@@ -225,13 +226,17 @@ def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
     committed = tmp_path / "committed" / "old"
     committed.mkdir(parents=True)
     (committed / "config.json").write_text(json.dumps(result))
+    (committed / "summary.json").write_text(json.dumps({"rnn_test_accuracy": 0.999}))
+    (committed / "metrics.csv").write_text("cell,epoch\nrnn,1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "RESULTS", committed.parent)
     folder = tmp_path / "results" / "rnn" / "reproduced-old"
     for way in ("--patience 3", "--resume"):  # the second time everything is done
         monkeypatch.setattr(sys, "argv", ["reproduce.py", "old", "--device", "cpu"])
         reproduce.main()
-        assert way in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert way in said
+        assert "DIFFERS" in said  # one epoch on a tenth of the images does not get 99.9 %
     config = json.loads((folder / "config.json").read_text())
     assert (config["seed"], config["patience"], config["device"]) == (7, 3, "cpu")
     assert len(config["resumed"]) == 1
@@ -248,3 +253,46 @@ def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         reproduce.main()
     assert caught.value.code == 3
+
+
+def make_run(dataset="digits", **summary):
+    return compare.Run("a", "simclr", "", {"dataset": dataset}, [], summary)
+
+
+@pytest.mark.parametrize(
+    ("committed", "here", "agrees"),
+    [
+        ([0.90], [0.93], True),  # two binomial spreads of 360 images are 3.2 points
+        ([0.90], [0.94], False),
+        ([0.90, 0.80], [0.98], True),  # the sd of 7.1 points is larger
+        ([0.90, 0.80], [0.998], False),
+        ([0.99, 0.99, 0.99], [0.98], True),  # equal runs have no spread of their own
+    ],
+)
+def test_a_reproduction_agrees_within_two_spreads(committed, here, agrees):
+    runs = [[make_run(knn_accuracy=value) for value in values] for values in (committed, here)]
+    (line,) = reproduce.compare_scores(*runs)
+    assert ("agrees" in line) is agrees
+    assert f"{100 * (statistics.mean(here) - statistics.mean(committed)):+.1f}" in line
+
+
+def test_more_test_images_have_a_smaller_spread():
+    runs = [[make_run("cifar10", knn_accuracy=value)] for value in (0.90, 0.91)]
+    assert "DIFFERS: two spreads are 0.6 points" in reproduce.compare_scores(*runs)[0]
+
+
+def test_runs_of_several_processors_are_one_result(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    for number, kind in enumerate(("bf16-mixed", "32-true")):
+        config = {"script": "simclr", "seed": number, "computed_in": kind}
+        (tmp_path / f"made/config-{number}.json").write_text(json.dumps(config))
+        (tmp_path / f"made/summary-{number}.json").write_text("{}")
+        (tmp_path / f"made/metrics-{number}.csv").write_text("epoch\n1\n")
+    folder = tmp_path / "made" / "seed2"  # a run with its encoder has a folder of its own
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"script": "simclr", "seed": 2}))
+    (folder / "summary.json").write_text("{}")
+    (folder / "metrics.csv").write_text("epoch\n1\n")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    (runs,) = compare.group(reproduce.read_committed("made"))
+    assert [run.settings["seed"] for run in runs] == [0, 1, 2]

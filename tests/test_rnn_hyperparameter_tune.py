@@ -106,7 +106,9 @@ def test_the_wide_space_reaches_the_trial_and_its_winner(tmp_path, name, value):
     config = small_config(tmp_path, space="wide", augmentation="none")
     found = tune.suggest_config(optuna.trial.FixedTrial(first), config)
     assert {wide: getattr(found, wide) for wide in first} == first
-    (tmp_path / "best.json").write_text(json.dumps({"cell": "rnn", **first}))
+    (tmp_path / "best.json").write_text(
+        json.dumps({"cell": "rnn", "augmentation": "none", **first})
+    )
     winner = rnn.read_best(str(tmp_path / "best.json"))
     assert {wide: getattr(winner, wide) for wide in first} == first
 
