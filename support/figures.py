@@ -59,12 +59,14 @@ def new_figure(
     """An empty figure of so many inches, which is saved when the block ends.
 
     Within the block everything is drawn in the look of this repository, whatever the user's own
-    style is; that one is left as it is, and so is pyplot.
+    style is; that one is left as it is, and so is pyplot. The user's fonts supply the letters that
+    ours lacks, such as Chinese ones.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(STYLE, after_reset=True):
+    fonts = {"font.family": ["DejaVu Sans", *matplotlib.rcParams["font.family"]]}
+    with matplotlib.style.context(STYLE | fonts, after_reset=True):
         figure = Figure(figsize=(width, height))
         if title:
             figure.suptitle(plain(title), wrap=True)
@@ -120,17 +122,13 @@ def add_legend(figure: Any) -> Any:
         for axes in figure.axes
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    count = max(1, len(shown))
-    widths = {math.ceil(count / rows) for rows in range(1, count + 1)}  # in columns
-    for columns in sorted(widths, reverse=True):
-        where = {"loc": "outside lower center", "ncols": columns}
-        legend = figure.legend(shown.values(), shown, **where)
-        box = legend.get_window_extent()
-        if box.width < figure.bbox.width:
-            break
-        if columns > 1:
-            legend.remove()
-    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+    legend = figure.legend(shown.values(), shown)  # to measure its only column
+    width = legend.get_window_extent().width + 20  # pixels, with the gap to the next column
+    legend.remove()
+    rows = math.ceil(max(1, len(shown)) / max(1, figure.bbox.width // width))
+    where = {"loc": "outside lower center", "ncols": max(1, math.ceil(len(shown) / rows))}
+    legend = figure.legend(shown.values(), shown, **where)
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
     return legend
 
 
