@@ -43,8 +43,6 @@ COLUMNS = {
     "final_loss": "loss",
     "seconds": "minutes",
 }
-# Paul Tol's "bright" scheme, whose lines are easier to tell apart than the classes' colours.
-COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#555555")
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 # Which columns of metrics.csv a panel shows, and the style of each.
 PANELS = {
@@ -200,33 +198,27 @@ def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) 
 
 def plot_curves(groups: Sequence[Sequence[Run]], names: Sequence[str], path: Path) -> None:
     """Overlay the curves: a colour per group, dashed on training images of rnn.py."""
-    figure = figures.new_figure(10, 4)
-    many = len(groups) > len(COLORS)
-    colors = figures.class_colors(len(groups)) if many else COLORS[: len(groups)]
-    for axes, (title, columns) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        for runs, name, color in zip(groups, names, colors, strict=True):
-            for column, style in columns.items():
-                curve = mean_curve(runs, column, 100 if "%" in title else 1)
-                if not curve:
-                    continue
-                epochs, means, low, high = zip(*curve, strict=True)
-                label = figures.plain(name) if style == "-" else None
-                marker = "o" if len(epochs) < 3 else None
-                axes.plot(epochs, means, style, color=color, label=label, marker=marker)
-                if len(runs) > 1:
-                    axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-        figures.style_axes(axes, "epoch", title)
-    shown = {
-        text: handle
-        for axes in figure.axes
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    title = ""
     if any(run.cell for runs in groups for run in runs):
-        figure.suptitle("Training images dashed, validation images solid", fontsize=10)
-    figure.legend(
-        shown.values(), shown, loc="outside lower center", ncols=min(4, len(shown)), frameon=False
-    )
-    figures.save_figure(figure, path)
+        title = "Training images dashed, validation images solid"
+    many = len(groups) > len(figures.LINE_COLORS)
+    colors = figures.class_colors(len(groups)) if many else figures.LINE_COLORS[: len(groups)]
+    with figures.new_figure(path, title) as figure:
+        panels = figures.add_panels(figure, len(PANELS))
+        for axes, (unit, columns) in zip(panels, PANELS.items(), strict=True):
+            for runs, name, color in zip(groups, names, colors, strict=True):
+                for column, style in columns.items():
+                    curve = mean_curve(runs, column, 100 if "%" in unit else 1)
+                    if not curve:
+                        continue
+                    epochs, means, low, high = zip(*curve, strict=True)
+                    label = figures.plain(name, 70) if style == "-" else None
+                    marker = "o" if len(epochs) < 3 else None
+                    axes.plot(epochs, means, style, color=color, label=label, marker=marker)
+                    if len(runs) > 1:
+                        axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+            figures.label_axes(axes, "epoch", unit)
+        figures.add_legend(figure)
 
 
 def mean_curve(

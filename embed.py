@@ -165,31 +165,29 @@ def plot_sheet(
             to write below them, or None.
         title: of the sheet.
     """
-    columns = sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values())
-    height = 1.4 * len(names) + 0.6
-    figure = figures.new_figure(0.8 * columns + 0.2, 0.8 * height)
-    axes = figure.subplots()
-    left = 0.0
-    for heading, (tiles, numbers) in groups.items():
-        axes.text(left, -0.4, heading, size=8, weight="bold")
-        for row in range(len(names)):
-            top = 1.4 * row
-            for i, tile in enumerate(tiles[row]):
-                shown = datasets.as_shown(tile).expand(3, -1, -1)
-                pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
-                box = (left + i, left + i + 0.95, top + 0.95, top)
-                axes.imshow(pixels, extent=box, interpolation="nearest")
-                if numbers is not None:
-                    text = f"{numbers[row, i]:.3f}"
-                    axes.text(left + i + 0.47, top + 1.11, text, size=7, ha="center")
-        left += tiles.shape[1] + 0.2
-    for row, name in enumerate(names):
-        axes.text(0, 1.4 * row - 0.05, figures.plain(name, 80), size=7)
-    axes.set_xlim(-0.05, columns)
-    axes.set_ylim(height - 0.6, -0.6)
-    axes.set_axis_off()
-    axes.set_title(figures.plain(title), size=9, loc="left")
-    figures.save_figure(figure, path)
+    columns = max(11.6, sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values()))
+    height = 1.7 * len(names) + 0.7
+    with figures.new_figure(path, title, figures.WIDTH * height / columns + 0.3) as figure:
+        axes = figure.subplots()
+        left = 0.0
+        for heading, (tiles, numbers) in groups.items():
+            axes.text(left, -0.5, heading, weight="bold")
+            for row in range(len(names)):
+                top = 1.7 * row
+                for i, tile in enumerate(tiles[row]):
+                    shown = datasets.as_shown(tile).expand(3, -1, -1)
+                    pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
+                    box = (left + i, left + i + 0.95, top + 0.95, top)
+                    axes.imshow(pixels, extent=box, interpolation="nearest")
+                    if numbers is not None:
+                        text = f"{numbers[row, i]:.3f}"
+                        axes.text(left + i + 0.47, top + 1.2, text, ha="center")
+            left += tiles.shape[1] + 0.2
+        for row, name in enumerate(names):
+            axes.text(0, 1.7 * row - 0.1, figures.plain(name, 70))
+        axes.set_xlim(-0.05, columns)
+        axes.set_ylim(height - 0.8, -0.8)
+        axes.set_axis_off()
 
 
 def plot_neighbours(

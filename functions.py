@@ -517,43 +517,41 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
     seen = (views.float() * std + mean).clamp(0, 1).unflatten(0, (-1, len(images)))  # (V, b, ...)
     rows = [datasets.to_float(images[:10]), *seen[:, :10]]  # (b, C, H, W), then (b, C, h, w)
     rows = [datasets.as_shown(row) for row in rows]
-    figure = figures.new_figure(9, 0.9 * len(rows))
-    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for number, row in enumerate(rows):
-        for axes, picture in zip(grid[number], row.cpu(), strict=True):
-            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
-        grid[number, 0].set_ylabel(f"view {number}" if number else "image")
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, height=0.66 * len(rows)) as figure:
+        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+        for number, row in enumerate(rows):
+            for axes, picture in zip(grid[number], row.cpu(), strict=True):
+                axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+                figures.hide_axes(axes)
+            grid[number, 0].set_ylabel(f"view {number}" if number else "image")
 
 
 def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
     """The column `loss` of `history` over epochs."""
-    figure = figures.new_figure(7, 3.5)
-    axes = figure.subplots()
-    _line(axes, history, "loss", "train", figures.TRAIN_COLOR)
-    axes.set_title(figures.plain(title))
-    figures.style_axes(axes, "epoch", "loss")
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        axes = figure.subplots()
+        _line(axes, history, "loss", "train", figures.TRAIN_COLOR)
+        figures.label_axes(axes, "epoch", "loss")
 
 
 def plot_loss_and_accuracy(
     path: Path, history: Sequence[dict[str, float]], title: str, other: str = "test"
 ) -> None:
     """Loss and accuracy (in percent) over epochs, of the training images and `other` ones."""
-    figure = figures.new_figure(9, 3.5)
-    figure.suptitle(figures.plain(title))
     percent = [
         {k: v * 100 if k.endswith("accuracy") else v for k, v in row.items()} for row in history
     ]
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), ("loss", "accuracy (%)"), strict=True
-    ):
-        _line(axes, percent, f"train_{key}", "train", figures.TRAIN_COLOR)
-        _line(axes, percent, f"{other}_{key}", other, figures.TEST_COLOR)
-        figures.style_axes(axes, "epoch", label)
-        axes.legend(frameon=False)
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        for axes, key, label in zip(
+            figures.add_panels(figure, 2),
+            ("loss", "accuracy"),
+            ("loss", "accuracy (%)"),
+            strict=True,
+        ):
+            _line(axes, percent, f"train_{key}", "train", figures.TRAIN_COLOR)
+            _line(axes, percent, f"{other}_{key}", other, figures.TEST_COLOR)
+            figures.label_axes(axes, "epoch", label)
+        figures.add_legend(figure)
 
 
 def plot_scatter(
@@ -563,49 +561,36 @@ def plot_scatter(
     classes: Sequence[str],
     title: str,
 ) -> None:
-    """A map `(N, 2)` coloured by class, with the class name at the middle of each class."""
-    figure = figures.new_figure(8, 6.5)
-    axes = figure.subplots()
-    size = float(np.clip(20000 / len(coordinates), 5, 25))
-    if labels is None:
-        axes.scatter(*coordinates.T, s=size, color=figures.TRAIN_COLOR, linewidths=0, alpha=0.6)
-    else:
-        from matplotlib.patheffects import withStroke
+    """A map `(N, 2)` coloured by class; up to twenty names stand at or near their class's median.
 
-        colors = figures.class_colors(len(classes))
-        for label, (name, color) in enumerate(zip(classes, colors, strict=True)):
-            points, name = coordinates[labels == label], figures.plain(name, 24)
+    Up to sixty classes stand in the legend.
+    """
+    from matplotlib.patheffects import withStroke
+
+    if len(classes) > 60:  # nobody could tell them apart
+        title += f", {len(classes)} classes"
+    with figures.new_figure(path, title, height=5) as figure:
+        axes = figure.subplots()
+        figures.hide_axes(axes)
+        look = {"s": float(np.clip(10000 / len(coordinates), 4, 20)), "alpha": 0.7}
+        if labels is None:
+            axes.scatter(*coordinates.T, facecolor=figures.TRAIN_COLOR, **look)
+            return
+        halo = [withStroke(linewidth=3, foreground="white")]
+        names = []
+        for label, color in enumerate(figures.class_colors(len(classes))):
+            points, name = coordinates[labels == label], figures.plain(classes[label], 24)
             if len(points) == 0:
                 continue
-            axes.scatter(*points.T, s=size, color=color, linewidths=0, alpha=0.7, label=name)
+            axes.scatter(*points.T, facecolor=color, label=name, **look)
             if len(classes) <= 20:
-                axes.text(
-                    *np.median(points, 0),
-                    name,
-                    ha="center",
-                    va="center",
-                    weight="bold",
-                    zorder=3,
-                    path_effects=[withStroke(linewidth=3, foreground="white")],
-                )
+                where = {"ha": "center", "va": "center", "zorder": 3, "weight": "bold"}
+                names.append(axes.text(*np.median(points, 0), name, path_effects=halo, **where))
         if len(classes) <= 60:
-            legend = figure.legend(
-                loc="outside right upper",
-                frameon=False,
-                handletextpad=0.2,
-                ncols=math.ceil(len(classes) / 30),
-                fontsize="small" if len(classes) > 20 else "medium",
-            )
-            for handle in legend.legend_handles:
-                handle.set_sizes([40])
-                handle.set_alpha(1)
-        else:  # nobody could tell them apart
-            title += f", {len(classes)} classes"
-    axes.set_title(figures.plain(title))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-    figures.save_figure(figure, path)
+            for handle in figures.add_legend(figure).legend_handles:
+                handle.set(sizes=[40], alpha=1)
+        if names:
+            figures.separate_texts(names)
 
 
 def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None:
@@ -618,49 +603,35 @@ def plot_per_class(path: Path, accuracies: dict[str, float], title: str) -> None
     if len(percent) > 60:
         title += f", the lowest 60 of {len(percent)}"
         percent = {name: percent[name] for name in sorted(percent, key=percent.__getitem__)[:60]}
-    figure = figures.new_figure(7, max(2.0, 0.32 * len(percent) + 1))
-    axes = figure.subplots()
-    rows = range(len(percent))
-    axes.barh(rows, list(percent.values()), color=figures.TRAIN_COLOR, height=0.7)
-    axes.set_yticks(rows, [figures.plain(name, 24) for name in percent])
-    for row, value in enumerate(percent.values()):  # at a bar's foot, clear of the mean's line
-        where, color = (1, "white") if value > 12 else (value + 1, "black")
-        axes.text(where, row, f"{value:.1f}", va="center", color=color)
-    axes.axvline(mean, color=figures.TEST_COLOR, label=f"mean {mean:.1f} %")
-    axes.set_xlim(0, 100)
-    axes.invert_yaxis()
-    axes.set_title(figures.plain(title))
-    figures.style_axes(axes, "accuracy (%)", "")
-    axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside lower right", frameon=False)
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        axes = figure.subplots()
+        figures.draw_bars(axes, percent)
+        axes.axvline(mean, color=figures.TEST_COLOR, label=f"mean {mean:.1f} %")
+        figures.label_axes(axes, "accuracy (%)", "")
+        figures.add_legend(figure)
 
 
 def plot_confusion_matrix(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
     """Row-normalised confusion matrix in percent; numbers for up to 20 classes, none for a 0."""
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
-    side = float(np.clip(0.55 * len(classes) + 2, 4.5, 14))
-    figure = figures.new_figure(side + 1, side)
-    axes = figure.subplots()
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
-    every = max(1, math.ceil(len(classes) / 60))
-    ticks = range(0, len(classes), every)
-    slanted = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 3 else {}
-    names = [figures.plain(classes[i], 24) for i in ticks]
-    axes.set_xticks(ticks, names, **slanted)
-    axes.set_yticks(ticks, names)
-    if len(classes) <= 20:
-        for row, values in enumerate(share.tolist()):
-            for column, value in enumerate(values):
-                number = f"{value:.0f}"
-                if number == "0":  # an empty cell reads better
-                    continue
-                color = "white" if value > 60 else "black"
-                size = 8 if len(classes) <= 12 else 6
-                where = {"ha": "center", "va": "center"}
-                axes.text(column, row, number, color=color, size=size, **where)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(figures.plain(title))
-    figures.save_figure(figure, path)
+    side = float(np.clip(0.4 * len(classes) + 2, figures.WIDTH, 13))
+    with figures.new_figure(path, title, side - 0.6, side) as figure:
+        axes = figure.subplots()
+        picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        ticks = range(0, len(classes), math.ceil(len(classes) / 60))
+        names = [figures.plain(classes[i], 24) for i in ticks]
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        if len(classes) > 20:
+            slanted |= {"rotation": 90, "va": "center"}
+        axes.set_xticks(ticks, names, **slanted if max(map(len, names)) > 3 else {})
+        axes.set_yticks(ticks, names)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        if len(classes) > 20:
+            figure.colorbar(picture, label="%", shrink=0.8)
+        else:
+            for (row, column), value in np.ndenumerate(share):
+                if round(value):  # an empty cell reads better than a 0
+                    look = {"color": "white" if value > 60 else "black", "ha": "center"}
+                    axes.text(column, row, f"{value:.0f}", va="center_baseline", **look)
+        figures.label_axes(axes, "predicted class", "true class; each row is 100 %")

@@ -45,8 +45,7 @@ from support.settings import setting
 
 CELLS = {"rnn": recurrent.RNN, "lstm": nn.LSTM, "gru": recurrent.GRU}
 loss_function = F.cross_entropy
-# Readers who are blind to some colours can tell these apart.
-CELL_COLORS = {"rnn": "#0077BB", "lstm": "#EE7733", "gru": "#009988"}
+CELL_COLORS = dict(zip(CELLS, figures.LINE_COLORS, strict=False))
 
 
 @dataclass(frozen=True)
@@ -469,22 +468,21 @@ def read_best(path: str) -> Config:
 
 def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str], name: str) -> None:
     """Loss and accuracy of all cells over epochs, training dashed, validation solid."""
-    figure = figures.new_figure(9, 4)
     title = f"Row by row on {name}: training dashed, validation solid"
-    figure.suptitle(figures.plain(title))
-    for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        percent = key == "accuracy"
-        for cell in cells:
-            rows = [row for row in history if row["cell"] == cell]
-            epochs = [row["epoch"] for row in rows]
-            look = {"color": CELL_COLORS[cell], "marker": "o" if len(epochs) < 3 else None}
-            for split, style in (("train", "--"), ("validation", "-")):
-                values = [row[f"{split}_{key}"] * (100 if percent else 1) for row in rows]
-                label = cell.upper() if split == "validation" else None
-                axes.plot(epochs, values, style, label=label, linewidth=1.5, **look)
-        figures.style_axes(axes, "epoch", "accuracy (%)" if percent else "loss")
-        axes.legend(frameon=False)
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        panels = figures.add_panels(figure, 2)
+        for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
+            percent = key == "accuracy"
+            for cell in cells:
+                rows = [row for row in history if row["cell"] == cell]
+                epochs = [row["epoch"] for row in rows]
+                look = {"color": CELL_COLORS[cell], "marker": "o" if len(epochs) < 3 else None}
+                for split, style in (("train", "--"), ("validation", "-")):
+                    values = [row[f"{split}_{key}"] * (100 if percent else 1) for row in rows]
+                    label = cell.upper() if split == "validation" else None
+                    axes.plot(epochs, values, style, label=label, **look)
+            figures.label_axes(axes, "epoch", "accuracy (%)" if percent else "loss")
+        figures.add_legend(figure)
 
 
 if __name__ == "__main__":

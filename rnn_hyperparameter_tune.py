@@ -29,7 +29,6 @@ from support import (
     datasets,
     devices,
     errors,
-    figures,
     files,
     progress,
     report,
@@ -315,8 +314,7 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         "train_fraction": config.train_fraction,
     }
     files.write_json(folder / "best.json", best)
-    name = figures.plain(Path(config.dataset).name)
-    title = f"{config.cell.upper()} sweep on {name}"
+    title = f"{config.cell.upper()} sweep on {Path(config.dataset).name}"
     names = list(config.search_space)
     sweep_figures.plot_sweep(study, folder, title, "validation loss", names, complete[0].number)
     print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")

@@ -302,7 +302,7 @@ def write_results(
         failed = [trial for trial in trials if sweep.is_finished(trial)]
         require(not failed, f"all {len(failed)} trials failed: see trials.csv")
         return {}
-    title = f"SimCLR sweep on {figures.plain(Path(config.dataset).name)}"
+    title = f"SimCLR sweep on {Path(config.dataset).name}"
     sweep_figures.plot_sweep(
         study, folder, title, config.objective, list(SPACE), ranked[0]["trial"]
     )
@@ -407,24 +407,18 @@ def print_audit(rows: Sequence[dict[str, Any]]) -> None:
 
 def plot_audit(path: Path, trials: Trials, config: Config, title: str) -> None:
     """Each score against the linear probe's accuracy; a colour for each rung."""
-    figure = figures.new_figure(11, 3.4)
-    figure.suptitle(title)
-    for axes, (name, text) in zip(
-        figure.subplots(1, len(label_free.SCORES)),
-        label_free.SCORES.items(),
-        strict=True,
-    ):
-        for epochs, color in zip(config.rungs, figures.CLASS_COLORS, strict=False):
-            chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
-            points = [(each[name], 100 * each["linear"]) for each in chosen]
-            if points:
-                label = f"{epochs} epochs"
-                axes.scatter(*zip(*points, strict=True), s=16, color=color, label=label)
-        figures.style_axes(axes, text.split(",")[0], "linear probe (%)")
-    figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
-    )
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        panels = figures.add_panels(figure, len(label_free.SCORES), sharey=True)
+        for axes, (name, text) in zip(panels, label_free.SCORES.items(), strict=True):
+            for epochs, color in zip(config.rungs, figures.LINE_COLORS, strict=False):
+                chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
+                points = [(each[name], 100 * each["linear"]) for each in chosen]
+                if points:
+                    label = f"{epochs} epochs"
+                    axes.scatter(*zip(*points, strict=True), facecolor=color, label=label)
+            figures.label_axes(axes, text.split(",")[0], "")
+        figure.supylabel("linear probe (%)")
+        figures.add_legend(figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""What all pictures share: an empty figure, how it is saved, its colours and its texts."""
+"""What all pictures share: their look, how they are saved, legends, panels, bars and texts."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,32 @@ import numpy as np
 
 from support import files
 
-TRAIN_COLOR, TEST_COLOR = "#0077BB", "#EE7733"  # blue and orange, safe for colour-blind readers
-# Paul Tol's "muted" scheme, grey darkened to be visible on white.
+WIDTH, HEIGHT = 6.4, 3.6  # inches; 960 pixels wide, read at half of that in a README
+STYLE = {
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "figure.titlesize": 11,
+    "figure.labelsize": 10,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "legend.columnspacing": 1.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.handletextpad": 0.5,
+    "legend.labelspacing": 0.3,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "scatter.edgecolors": "none",
+}
+# Paul Tol's "vibrant" scheme, safe for colour-blind readers, grey darkened to be visible on white.
+LINE_COLORS = ("#0077BB", "#EE7733", "#009988", "#CC3311", "#33BBEE", "#EE3377", "#777777")
+TRAIN_COLOR, TEST_COLOR, BEST_COLOR = LINE_COLORS[:3]
+# His "muted" scheme, likewise.
 CLASS_COLORS = [
     "#332288",
     "#88CCEE",
@@ -25,11 +52,26 @@ CLASS_COLORS = [
 ]
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, outside pyplot's global state."""
+@contextlib.contextmanager
+def new_figure(
+    path: Path, title: str = "", height: float = HEIGHT, width: float = WIDTH
+) -> Iterator[Any]:
+    """An empty figure of so many inches, which is saved when the block ends.
+
+    Within the block everything is drawn in the look of this repository, whatever the user's own
+    style is; that one is left as it is, and so is pyplot. The user's fonts supply the letters that
+    ours lacks, such as Chinese ones.
+    """
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    fonts = {"font.family": ["DejaVu Sans", *matplotlib.rcParams["font.family"]]}
+    with matplotlib.style.context(STYLE | fonts, after_reset=True):
+        figure = Figure(figsize=(width, height))
+        if title:
+            figure.suptitle(plain(title), wrap=True)
+        yield figure
+        save_figure(figure, path)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -48,14 +90,95 @@ def plain(text: str, longest: int = 200) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def style_axes(axes: Any, x: str, y: str) -> None:
-    """Label the axes, with a light grid and without the box; `epoch` ticks are whole numbers."""
+def add_panels(figure: Any, count: int, **shared: Any) -> list[Any]:
+    """So many axes, two or three in a row; the figure becomes as high as they need."""
+    columns = min(count, 2 if count == 4 else 3)
+    rows = math.ceil(count / columns)
+    figure.set_figheight(HEIGHT + 1.9 * (rows - 1))
+    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for axes in grid[count:]:
+        axes.remove()
+    return list(grid[:count])
+
+
+def label_axes(axes: Any, x: str, y: str) -> None:
+    """Label the axes; `epoch` ticks are whole numbers."""
     if x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+
+
+def hide_axes(axes: Any) -> None:
+    """Leave neither ticks nor lines around a picture or a map."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def add_legend(figure: Any) -> Any:
+    """One legend of all axes below them, each text once; the figure grows by its height."""
+    shown = {
+        text: handle
+        for axes in figure.axes
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    legend = figure.legend(shown.values(), shown)  # to measure its only column
+    width = legend.get_window_extent().width + 20  # pixels, with the gap to the next column
+    legend.remove()
+    rows = math.ceil(max(1, len(shown)) / max(1, figure.bbox.width // width))
+    where = {"loc": "outside lower center", "ncols": max(1, math.ceil(len(shown) / rows))}
+    legend = figure.legend(shown.values(), shown, **where)
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+    return legend
+
+
+def draw_bars(axes: Any, percent: Mapping[str, float]) -> None:
+    """Horizontal bars, the first on top, with names and numbers; the figure fits their number."""
+    axes.figure.set_figheight(1 + 0.27 * len(percent))
+    rows = range(len(percent))
+    axes.barh(rows, list(percent.values()), color=TRAIN_COLOR, height=0.7)
+    axes.set_yticks(rows, [plain(name, 24) for name in percent])
+    for row, value in enumerate(percent.values()):  # at a bar's foot, clear of any line
+        where, color = (1, "white") if value > 12 else (value + 1, "black")
+        axes.text(where, row, f"{value:.1f}", va="center_baseline", color=color)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(percent) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+
+
+def separate_texts(texts: Sequence[Any]) -> None:
+    """Move texts of one axes apart, each to the nearest free place within the axes.
+
+    A text that touches no other stays, and where there is no room, too. From a text that has left
+    its place a thin line leads back there. To be called when all else is drawn.
+    """
+    axes = texts[0].axes
+    axes.figure.draw_without_rendering()  # which lays it out
+    frame = axes.get_window_extent()
+    columns, rows = np.arange(frame.x0, frame.x1, 5), np.arange(frame.y0, frame.y1, 5)
+    grid = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2)  # (P, 2), in pixels
+    boxes = [text.get_window_extent().padded(6, 1) for text in texts]
+    alone_first = sorted(
+        zip(texts, boxes, strict=True), key=lambda pair: sum(map(pair[1].overlaps, boxes))
+    )
+    middles, halves = np.empty((0, 2)), np.empty((0, 2))  # of those that have their place
+    for text, box in alone_first:
+        half, old = np.array(box.size) / 2, np.array((box.min + box.max) / 2)
+        places = np.vstack((old, grid))
+        inside = (places - half >= frame.min) & (places + half <= frame.max)  # (P, 2)
+        apart = np.any(np.abs(places[:, None] - middles) >= half + halves, axis=2)  # (P, placed)
+        free = np.all(inside, axis=1) & np.all(apart, axis=1)
+        places = places[free] if free.any() else old[None]
+        new = places[((places - old) ** 2).sum(1).argmin()]
+        middles, halves = np.vstack((middles, new)), np.vstack((halves, half))
+        if (new == old).all():
+            continue
+        here = axes.transData.transform(text.get_position())
+        start = np.clip(here, new - half, new + half)
+        text.set_position(axes.transData.inverted().transform(here + new - old))
+        if math.dist(start, here) > half[1]:
+            ends = axes.transData.inverted().transform((start, here))
+            axes.plot(*ends.T, color="#777777", linewidth=0.8, scalex=False, scaley=False)
 
 
 def class_colors(count: int) -> list[Any]:

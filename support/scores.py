@@ -157,28 +157,27 @@ def plot_scores(path: Path, rows: Rows, styles: dict[str, tuple[str, ...]], titl
     for row in rows:
         if row["name"] in panels.get("without pretraining", ()):
             best[row["labels"]] = max(best.get(row["labels"], 0.0), 100 * row["accuracy"])
-    figure = figures.new_figure(max(6, 4.2 * len(panels)), 4.5)
-    figure.suptitle(figures.plain(title))
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     ticks = sorted({row["labels"] for row in rows})
-    for axes, (panel, names) in zip(every, panels.items(), strict=True):
-        for name in names:
-            points = sorted((r["labels"], r) for r in rows if r["name"] == name)
-            counts = [count for count, _ in points]
-            mean = np.array([100 * row["accuracy"] for _, row in points])
-            spread = np.array([100 * (row["accuracy_sd"] or 0.0) for _, row in points])
-            _, color, line = styles[name]
-            label = figures.plain(name.replace(f", {panel}", ""))
-            axes.plot(counts, mean, f"o{line}", color=color, label=label, markersize=4)
-            low, high = mean - spread, mean + spread
-            axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
-        if best and panel != "without pretraining":
-            rival = zip(*sorted(best.items()), strict=True)
-            axes.plot(*rival, "--", color="black", label="best without pretraining", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{n / 1000:g}k" if n >= 1000 else str(n) for n in ticks])
-        axes.minorticks_off()
-        axes.set_title(figures.plain(panel), fontsize="medium")
-        figures.style_axes(axes, "labelled images", "accuracy (%)" if axes is every[0] else "")
-        axes.legend(frameon=False, loc="lower right", fontsize="small")
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        every = figures.add_panels(figure, len(panels), sharey=True)
+        for axes, (panel, names) in zip(every, panels.items(), strict=True):
+            for name in names:
+                points = sorted((r["labels"], r) for r in rows if r["name"] == name)
+                counts = [count for count, _ in points]
+                mean = np.array([100 * row["accuracy"] for _, row in points])
+                spread = np.array([100 * (row["accuracy_sd"] or 0.0) for _, row in points])
+                _, color, line = styles[name]
+                label = figures.plain(name.replace(f", {panel}", ""))
+                axes.plot(counts, mean, f"o{line}", color=color, label=label)
+                low, high = mean - spread, mean + spread
+                axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
+            if best and panel != "without pretraining":
+                rival = zip(*sorted(best.items()), strict=True)
+                axes.plot(*rival, "--", color="black", label="best without pretraining")
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{n / 1000:g}k" if n >= 1000 else str(n) for n in ticks])
+            axes.minorticks_off()
+            axes.set_title(figures.plain(panel, 30))
+            figures.label_axes(axes, "labelled images", "")
+        figure.supylabel("accuracy (%)")
+        figures.add_legend(figure)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from support import figures, files
+from support import figures
 
 if TYPE_CHECKING:
     import optuna
@@ -39,10 +39,11 @@ def plot_sweep(
         parameters: those that are searched.
         winner: number of the best trial.
     """
-    import optuna.visualization.matplotlib as plots
+    from optuna.importance import get_param_importances
 
+    ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     results = []  # trials that have a value, with the last one
-    for trial in study.get_trials(deepcopy=False):
+    for trial in ended:
         reported = [*trial.intermediate_values.values(), trial.value]
         if known := [value for value in reported if value is not None]:
             results.append((trial, known[-1]))
@@ -58,73 +59,72 @@ def plot_sweep(
     if any(trial.intermediate_values for trial, _ in shown):
         trials = [trial for trial, _ in shown]
         plot_intermediate_values(folder / "intermediate_values.png", trials, cap, note, title)
-    wanted = {"timeline": lambda: plots.plot_timeline(study)}
+    plot_timeline(folder / "timeline.png", ended, title)
     if sum(trial.state.name == "COMPLETE" for trial, _ in shown) > 1:  # It compares trials.
-        wanted["param_importances"] = lambda: plots.plot_param_importances(
-            study, params=list(parameters)
-        )
-    for name, plot in wanted.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They are experimental, and dislike a single value.
-            _save_optunas_figure(plot, folder / f"{name}.png", f"{title}: {name.replace('_', ' ')}")
-
-
-def _save_optunas_figure(plot: Any, path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with matplotlib.rc_context():  # Optuna changes the style of all later figures.
-        drawn: Any = plot().figure
-        drawn.axes[0].set_title("", loc="left")  # One of Optuna's titles is there.
-        drawn.axes[0].set_title(title)
-        drawn.set_size_inches(10, 5)
-        with files.atomic_file(path) as temporary:
-            drawn.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-        plt.close(drawn)
+            warnings.simplefilter("ignore")  # It dislikes a setting with a single value.
+            shares = get_param_importances(study, params=list(parameters))
+        plot_importances(folder / "param_importances.png", shares, title)
 
 
 def plot_history(
     path: Path, results: Results, minimized: bool, value_name: str, title: str
 ) -> None:
     """The value of each trial over their numbers, and the best so far of those complete."""
-    figure = figures.new_figure(8, 4)
-    axes = figure.subplots()
-    for state, color in STATE_COLORS.items():
-        dots = [(trial.number, value) for trial, value in results if trial.state.name == state]
-        if dots:
-            axes.scatter(*zip(*dots, strict=True), s=14, color=color, label=state.lower())
-    done = [(trial.number, v) for trial, v in results if trial.state.name == "COMPLETE"]
-    if done:
-        numbers, best = map(np.array, zip(*sorted(done), strict=True))
-        best = (np.minimum if minimized else np.maximum).accumulate(best)
-        last = max(trial.number for trial, _ in results)
-        steps = {"where": "post", "color": "#009988", "label": "best so far"}
-        axes.step([*numbers, last], [*best, best[-1]], **steps)
-    figures.style_axes(axes, "trial", value_name)
-    figure.suptitle(title)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        axes = figure.subplots()
+        for state, color in STATE_COLORS.items():
+            dots = [(trial.number, value) for trial, value in results if trial.state.name == state]
+            if dots:
+                axes.scatter(*zip(*dots, strict=True), facecolor=color, label=state.lower())
+        done = [(trial.number, v) for trial, v in results if trial.state.name == "COMPLETE"]
+        if done:
+            numbers, best = map(np.array, zip(*sorted(done), strict=True))
+            best = (np.minimum if minimized else np.maximum).accumulate(best)
+            last = max(trial.number for trial, _ in results)
+            steps = {"where": "post", "color": figures.BEST_COLOR, "label": "best so far"}
+            axes.step([*numbers, last], [*best, best[-1]], **steps)
+        figures.label_axes(axes, "trial", value_name)
+        figures.add_legend(figure)
 
 
 def plot_intermediate_values(
     path: Path, trials: Sequence[Any], cap: float, value_name: str, title: str
 ) -> None:
     """What trials reported, epoch by epoch; a line is a trial."""
-    figure = figures.new_figure(8, 4)
-    axes = figure.subplots()
-    for state, color in STATE_COLORS.items():
-        chosen = [trial for trial in trials if trial.state.name == state]
-        for trial in chosen:
+    with figures.new_figure(path, title) as figure:
+        axes = figure.subplots()
+        for trial in trials:
             epochs = [step + 1 for step in trial.intermediate_values]
             values = [min(cap, value) for value in trial.intermediate_values.values()]
-            label = state.lower() if trial is chosen[0] else None
-            axes.plot(epochs, values, color=color, marker=".", alpha=0.5, label=label)
-    figures.style_axes(axes, "epoch", value_name)
-    figure.suptitle(title)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    figures.save_figure(figure, path)
+            look = {"color": STATE_COLORS[trial.state.name], "label": trial.state.name.lower()}
+            axes.plot(epochs, values, marker=".", alpha=0.5, linewidth=1, **look)
+        figures.label_axes(axes, "epoch", value_name)
+        figures.add_legend(figure)
+
+
+def plot_timeline(path: Path, trials: Sequence[Any], title: str) -> None:
+    """When each trial ran, as a bar from its start to its end."""
+    first = min(trial.datetime_start for trial in trials)
+    with figures.new_figure(path, title) as figure:
+        axes = figure.subplots()
+        for state, color in STATE_COLORS.items():
+            chosen = [trial for trial in trials if trial.state.name == state]
+            starts = [(trial.datetime_start - first).total_seconds() / 3600 for trial in chosen]
+            hours = [trial.duration.total_seconds() / 3600 for trial in chosen]
+            if chosen:
+                look = {"color": color, "label": state.lower()}
+                axes.barh([trial.number for trial in chosen], hours, left=starts, **look)
+        figures.label_axes(axes, "hours since the first trial began", "trial")
+        figures.add_legend(figure)
+
+
+def plot_importances(path: Path, shares: Mapping[str, float], title: str) -> None:
+    """How much each setting mattered, by Optuna's estimate; the shares add up to 1."""
+    with figures.new_figure(path, title) as figure:
+        axes = figure.subplots()
+        figures.draw_bars(axes, {n.replace("_", " "): 100 * v for n, v in shares.items()})
+        figures.label_axes(axes, "importance (%)", "")
 
 
 def plot_settings(
@@ -138,47 +138,36 @@ def plot_settings(
     """A panel for each setting: its value in each trial against the result; a star is the best."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    columns = min(4, len(parameters))
-    rows = math.ceil(len(parameters) / columns)
-    figure = figures.new_figure(2.6 * columns, 2.3 * rows + 0.8)
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for name, axes in zip(parameters, grid.flat, strict=False):
-        chosen = [(trial, value) for trial, value in results if name in trial.params]
-        drawn = [trial.params[name] for trial, _ in chosen]
-        if all(isinstance(value, float) for value in drawn) and len(set(drawn)) > 2:
-            places = drawn
-            if min(drawn) > 0 and max(drawn) / min(drawn) > 10:
-                axes.set_xscale("log")
-                wide = max(drawn) / min(drawn) > 100
-                axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 3)))
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.set_minor_formatter(NullFormatter())
-        else:  # a column for each choice, within which trials stand side by side
-            choices = sorted(set(drawn), key=lambda value: (str(type(value)), value))
-            places = [
-                choices.index(value) + 0.5 * (trial.number * 0.618 % 1 - 0.5)
-                for value, (trial, _) in zip(drawn, chosen, strict=True)
-            ]
-            axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
-        dots = [(x, y, trial) for x, (trial, y) in zip(places, chosen, strict=True)]
-        for state, color in STATE_COLORS.items():
-            points = [(x, y) for x, y, trial in dots if trial.state.name == state]
-            if points:
-                style = {"s": 12, "color": color, "alpha": 0.6, "linewidths": 0}
-                axes.scatter(*zip(*points, strict=True), label=state.lower(), **style)
-        star = {"s": 130, "color": "#009988", "edgecolors": "white", "zorder": 3, "marker": "*"}
-        for x, y, trial in dots:
-            if trial.number == winner:
-                axes.scatter(x, y, label="best", **star)
-        figures.style_axes(axes, name.replace("_", " "), "")
-    for axes in grid.flat[len(parameters) :]:
-        axes.remove()
-    figure.supylabel(value_name, size="medium")
-    figure.suptitle(title)
-    handles: dict[str, Any] = {}
-    for axes in grid.flat[: len(parameters)]:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=4
-    )
-    figures.save_figure(figure, path)
+    with figures.new_figure(path, title) as figure:
+        panels = figures.add_panels(figure, len(parameters), sharey=True)
+        for name, axes in zip(parameters, panels, strict=True):
+            chosen = [(trial, value) for trial, value in results if name in trial.params]
+            drawn = [trial.params[name] for trial, _ in chosen]
+            if all(isinstance(value, float) for value in drawn) and len(set(drawn)) > 2:
+                places = drawn
+                if min(drawn) > 0 and max(drawn) / min(drawn) > 10:
+                    axes.set_xscale("log")
+                    if max(drawn) / min(drawn) < 100:  # a power of ten or two say too little
+                        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                        axes.xaxis.set_major_formatter("{x:g}")
+                        axes.xaxis.set_minor_formatter(NullFormatter())
+            else:  # a column for each choice, within which trials stand side by side
+                choices = sorted(set(drawn), key=lambda value: (str(type(value)), value))
+                places = [
+                    choices.index(value) + 0.5 * (trial.number * 0.618 % 1 - 0.5)
+                    for value, (trial, _) in zip(drawn, chosen, strict=True)
+                ]
+                axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+            dots = [(x, y, trial) for x, (trial, y) in zip(places, chosen, strict=True)]
+            for state, color in STATE_COLORS.items():
+                points = [(x, y) for x, y, trial in dots if trial.state.name == state]
+                if points:
+                    look = {"facecolor": color, "alpha": 0.6, "label": state.lower()}
+                    axes.scatter(*zip(*points, strict=True), **look)
+            star = {"s": 130, "facecolor": figures.BEST_COLOR, "edgecolor": "white", "marker": "*"}
+            for x, y, trial in dots:
+                if trial.number == winner:
+                    axes.scatter(x, y, label="best", zorder=3, **star)
+            figures.label_axes(axes, name.replace("_", " "), "")
+        figure.supylabel(value_name)
+        figures.add_legend(figure)

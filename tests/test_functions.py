@@ -752,12 +752,13 @@ def test_long_names_leave_room_for_the_map(tmp_path, drawn_figures, count):
     functions.plot_scatter(tmp_path / "plot.png", coordinates, labels, names, "title")
     (figure,) = drawn_figures
     figure.savefig(tmp_path / "plot.png")  # which lays it out
-    assert figure.axes[0].get_window_extent().width > 0.4 * figure.bbox.width
+    assert figure.axes[0].get_window_extent().width > 0.8 * figure.bbox.width
+    assert figure.axes[0].get_window_extent().height > 0.6 * figure.bbox.width
     for legend in figure.legends:
-        # The legend is within the figure, beside the map, and its lines do not overlap.
+        # The legend is within the figure, below the map, and its lines do not overlap.
         box = legend.get_window_extent()
-        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
-        assert figure.axes[0].get_window_extent().x1 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.axes[0].get_window_extent().y0
         texts = [text.get_window_extent() for text in legend.get_texts()]
         assert len(texts) == count
         assert not any(a.overlaps(b) for i, a in enumerate(texts) for b in texts[:i])

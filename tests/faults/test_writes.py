@@ -47,9 +47,8 @@ def write_checkpoint(path, version):
 
 
 def write_png(path, version):
-    figure = figures.new_figure(4, 3)
-    figure.subplots().plot(range(9), np.arange(9) ** version)
-    figures.save_figure(figure, path)
+    with figures.new_figure(path) as figure:
+        figure.subplots().plot(range(9), np.arange(9) ** version)
 
 
 def write_safetensors(path, version):
