@@ -279,14 +279,16 @@ def linear_probe(
     test_features: Tensor,
     test_labels: Tensor,
     epochs: int = 100,
-    learning_rate: float = 0.01,
-    weight_decay: float = 5e-6,
+    learning_rate: float | None = None,
+    weight_decay: float = 1e-3,
     batch_size: int = 512,
     seed: int = 0,
 ) -> ProbeResult:
     """Train a linear layer on fixed features and report its last epoch.
 
-    Features `(N, D)` are standardised as `measure_features` says; Adam with cosine.
+    Features `(N, D)` are standardised as `measure_features` says; Adam with cosine. The rate's
+    peak is 1 / D by default: a step then changes a logit by as much, however many features there
+    are.
     `history` has a row per epoch: `train_loss` and `train_accuracy` from the training pass itself,
     `test_loss` and `test_accuracy` after it. Accuracies in [0, 1].
 
@@ -300,9 +302,8 @@ def linear_probe(
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     weight = torch.zeros(classes, train_features.shape[1], device=device, requires_grad=True)
     bias = torch.zeros(classes, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam(
-        [weight, bias], learning_rate, weight_decay=weight_decay, fused=True
-    )
+    peak = 1 / train_features.shape[1] if learning_rate is None else learning_rate
+    optimizer = torch.optim.Adam([weight, bias], peak, weight_decay=weight_decay, fused=True)
     steps = math.ceil(len(train_labels) / batch_size)
     history = []
     for epoch in range(epochs):
@@ -311,9 +312,7 @@ def linear_probe(
         losses = progress.EpochLoss(steps, epoch + 1, device)
         total = torch.zeros(2, device=device)
         for step, index in enumerate(order.split(batch_size)):
-            rate = progress.scheduled_rate(
-                learning_rate, epoch * steps + step, epochs * steps, 0, "cosine"
-            )
+            rate = progress.scheduled_rate(peak, epoch * steps + step, epochs * steps, 0, "cosine")
             optimizer.param_groups[0]["lr"] = rate
             labels = train_labels[index]
             logits = F.linear(train_features[index], weight, bias)

@@ -209,6 +209,18 @@ def test_probe_equals_a_naive_loop():
     assert torch.equal(result.predictions, layer(test).argmax(1))
 
 
+def test_probe_does_not_mind_how_often_a_feature_comes():
+    train, labels, test = normal(120, 6), labels_of(120, 3), normal(40, 6, seed=1)
+    once, often = (
+        functions.linear_probe(
+            train.repeat(1, times), labels, test.repeat(1, times), labels[:40], 5, weight_decay=0
+        )
+        for times in (1, 16)
+    )
+    found, expected = ([row["test_loss"] for row in r.history] for r in (often, once))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=0)
+
+
 def test_probe_reports_the_last_epoch():
     # Known mistake: the maximum over epochs on the test set. Wrong labels make the probe overfit,
     # so that an early epoch is the best.
