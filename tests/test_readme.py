@@ -62,7 +62,8 @@ def test_the_readme_is_short_and_has_every_script():
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_what_a_page_points_to_is_there(page):
     text = page.read_text()
-    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+    found = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text)
+    for target, heading in [*found, *((source, "") for source in re.findall('src="(.*?)"', text))]:
         path = page.parent / target if target else page
         assert path.exists(), target
         if heading:  # as GitHub makes anchors of headings
