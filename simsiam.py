@@ -37,6 +37,7 @@ class Config(
     pretraining.PretrainingConfig,
     dataset="fashion-mnist",
     encoder="small",
+    batch_size=128,
     weight_decay=1e-5,
     keep_every=10,
     grayscale_probability=0.2,
@@ -51,7 +52,7 @@ class Config(
     projector_layers: int = setting(2, "model", "layers of the paper's projector, 2 or 3")
 
     learning_rate: float = setting(
-        0.1, "training", "SGD's peak, multiplied by batch size / 256; the predictor keeps it"
+        1.6, "training", "SGD's peak, multiplied by batch size / 256; the predictor keeps it"
     )
 
     augmentation: Literal["randaugment", "crop"] = setting(
