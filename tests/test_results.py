@@ -1,5 +1,6 @@
 """The committed results: the README's numbers are theirs, and they can be run again."""
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -133,6 +134,22 @@ def test_simclr_beside_simsiam_is_what_was_measured():
         assert [row[name] for name in ("seeds", "linear probe", "kNN")] == shown(runs)[:3]
         fastest = min(epoch["seconds"] for run in runs for epoch in run.rows)
         assert row["fastest epoch"].split()[0] == f"{fastest:.0f}"
+
+
+def test_simsiams_pilots_are_what_was_measured():
+    rows = table("docs/results.md", "## SimSiam's rate")
+    with (ROOT / "docs/results/pilots/simsiam-scores.csv").open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    assert len(rows) == len(scores)
+    for row, score in zip(rows, scores, strict=True):
+        flags = shlex.split(score["flags"])
+        said = {"--learning-rate": row["rate"], "--batch-size": row["batch"]}
+        assert {flag: flags[flags.index(flag) + 1] for flag in said} == said
+        assert row["pilot"] == score["name"]
+        assert row["linear probe °"] == f"{float(score['linear_probe_accuracy']):.1%}".replace(
+            "%", " %"
+        )
+        assert row["kNN"] == f"{float(score['knn_accuracy']):.1%}".replace("%", " %")
 
 
 def test_few_labels_are_what_was_measured():

@@ -1,0 +1,43 @@
+"""What rate and decay the linear probe wants, on held-out training images.
+
+    python simsiam.py --epochs 8 --evaluate-on validation --name chosen
+    python benchmarks/probe_rate.py results/simsiam/chosen
+
+The run must have kept the held-out images back with `--evaluate-on validation`.
+"""
+
+import argparse
+from pathlib import Path
+
+from common import ROOT
+
+import functions
+from support import frozen
+from support.errors import require
+from support.runs import exit_cleanly
+
+
+def main() -> None:
+    """Print accuracies of the probe on both kinds of images."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--epochs", type=int, default=100, help="of each probe [100]")
+    arguments = parser.parse_args()
+    encoder = frozen.load_encoder(arguments.run, "cpu")
+    kept_back = encoder.record.get("evaluate_on") == "validation"
+    require(kept_back, f"{arguments.run} was not trained with --evaluate-on validation")
+    data = functions.load_images(encoder.record["dataset"], ROOT / "data").for_choosing()
+    inputs = []
+    for part in (data.train, data.test):
+        inputs += [functions.extract_features(encoder.network, part, encoder.fabric), part.labels]
+    count = inputs[0].shape[1]
+    print(f"{count:,} features    rate    decay  training  held out")
+    for rate in (0.01, 0.001, 1 / count):
+        for decay in (5e-6, 1e-3):
+            result = functions.linear_probe(*inputs, arguments.epochs, rate, decay)
+            trained = result.history[-1]["train_accuracy"]
+            print(f"{rate:22.5f}  {decay:7.0e}  {trained:8.1%}  {result.accuracy:8.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
