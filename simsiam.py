@@ -4,8 +4,9 @@
     python simsiam.py --dataset digits --epochs 20 --batch-size 64   # no download, a minute
 
 Pretrains without negatives: a predictor, and a gradient that stops at the other view. Then linear
-probe, kNN and UMAP of z and p. The defaults reach 90.4 % in the linear probe, in an hour on one CPU
-core. What the encoder buys when few images have labels is told by few_labels.py.
+probe, kNN and UMAP of z and p. With `--epochs 23` it gets 91.1 ± 0.3 % in the linear probe and
+86.9 % by kNN (three seeds), in a quarter of an hour on one quiet CPU core. What the encoder buys
+when few images have labels is told by few_labels.py.
 
 Differences from the paper: by default the backbone has three convolutions and no projector, both
 views share a BatchNorm pass, and views come from RandAugment, drawn for each image; `--head paper

@@ -96,7 +96,6 @@ def test_the_entry_points_are_all_that_can_be_called():
     assert all(importlib.util.find_spec(name) for name in hubconf.dependencies)
 
 
-@pytest.mark.skipif(not (SHIPPED / "encoder.safetensors").exists(), reason="it is not shipped yet")
 def test_the_shipped_encoder_is_that_of_the_committed_result():
     assert (SHIPPED / "encoder.safetensors").stat().st_size < 1_000_000
     encoder, data = load("simclr_digits"), functions.load_images("digits")

