@@ -54,7 +54,9 @@ def find_configs(result: str = "*") -> list[Path]:
     A result with encoders has a folder for each run; else a run's files lie in the result's own
     folder, and end in `-seed1` or the like where there are several.
     """
-    return sorted([*RESULTS.glob(f"{result}/config*.json"), *RESULTS.glob(f"{result}/*/config.json")])
+    return sorted(
+        [*RESULTS.glob(f"{result}/config*.json"), *RESULTS.glob(f"{result}/*/config.json")]
+    )
 
 
 def read_committed(result: str) -> list[compare.Run]:
