@@ -180,7 +180,9 @@ class Sweep:
         with _alone(self.storage) if self.shared else contextlib.nullcontext():
             optuna.storages.fail_stale_trials(self.study)
             self.requeue_lost_trials()
-            if self.count_finished() + len(self.trials("RUNNING")) >= self.config.trials:
+            # One look at all: a trial may end between two, and would be counted by neither.
+            begun = [t for t in self.trials() if t.state.name == "RUNNING" or is_finished(t)]
+            if len(begun) >= self.config.trials:
                 return None
             if not self.trials("WAITING") and ((fixed := self.plan(self)) or self.shared):
                 self.study.enqueue_trial(fixed)

@@ -66,7 +66,8 @@ def test_a_finished_run_is_evaluated_again(tmp_path):
     assert expected.keys() <= summary.keys()
     assert summary["final_loss"] == expected["final_loss"]
     for name in ("linear_probe_accuracy", "knn_accuracy"):
-        assert summary[name] == pytest.approx(expected[name], abs=0.01)
+        # The linear probe has another rate since; an image is 0.3 %.
+        assert summary[name] == pytest.approx(expected[name], abs=0.03 if "probe" in name else 0.01)
     assert rows_of(tmp_path / "run") == rows_of(RUNS / "simclr")
     said, then = (
         files.read_arrays(folder / "predictions.npz")["predictions"]
