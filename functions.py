@@ -287,8 +287,7 @@ def linear_probe(
     """Train a linear layer on fixed features and report its last epoch.
 
     Features `(N, D)` are standardised as `measure_features` says; Adam with cosine. The rate's
-    peak is 1 / D by default: a step then changes a logit by as much, however many features there
-    are.
+    peak is 1 / D by default: a step then changes a logit by as much whatever D is.
     `history` has a row per epoch: `train_loss` and `train_accuracy` from the training pass itself,
     `test_loss` and `test_accuracy` after it. Accuracies in [0, 1].
 
