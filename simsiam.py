@@ -10,8 +10,8 @@ when few images have labels is told by few_labels.py.
 
 Differences from the paper: by default the backbone has three convolutions and no projector, both
 views share a BatchNorm pass, and views come from RandAugment, drawn for each image; `--head paper
---encoder resnet18 --augmentation crop --learning-rate 0.03 --weight-decay 5e-4` is the paper's
-CIFAR-10 model and recipe (appendix D).
+--encoder resnet18 --augmentation crop --batch-size 512 --learning-rate 0.03 --weight-decay 5e-4` is
+the paper's CIFAR-10 model and recipe (appendix D). The default rate is for the small encoder.
 """
 
 from __future__ import annotations
