@@ -182,9 +182,11 @@ def make_norm(seed=3):
     return norm
 
 
+@pytest.mark.parametrize("way", ["take_parts", "fold_parts"])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_split_batch_norm_is_so_many_batch_norms(parts):
+def test_split_batch_norm_is_so_many_batch_norms(parts, way):
     split = moco.SplitBatchNorm(make_norm(), 12 // parts)
+    split.take_parts = getattr(split, way)
     norms = [make_norm() for _ in range(parts)]
     for seed in range(3):  # the running statistics of a step are the next one's
         images = torch.randn(12, 5, 4, 4, generator=seeded(seed)).double()
