@@ -28,10 +28,12 @@ if [ -f "$dataset" ]; then # an archive of the folder
   dataset=$folder
 fi
 
-# What goes home: logs, tables, records and pictures, but no weights, in archives of under 15 MB.
+# What goes home: logs, tables, records and pictures, but no weights, in archives of under 15 MB. The
+# scores are printed, too, so that they are not lost with an archive.
 pack() {
   find results -type f \( -name '*.log' -o -name '*.csv' -o -name '*.json' -o -name '*.png' \) |
     sort | tar -czf - -T - | split -b 14M - "$out/gpu.tar.gz."
+  grep -E '"(linear_probe|knn)_accuracy"|seconds"' results/*/gpu-*/summary.json
 }
 trap pack EXIT
 
@@ -81,7 +83,7 @@ for seed in 0 1 2; do
   train simclr "gpu-100-seed$seed" "${recipe[@]}" --seed "$seed"
 done
 part simsiam-epochs "$python" benchmarks/gpu.py --device "$device" epochs simsiam "${recipe[@]}"
-train simsiam gpu "${recipe[@]}" --stages pretrain,probe
+train simsiam gpu-simsiam "${recipe[@]}" --stages pretrain,probe
 train simclr "gpu-$long" "${recipe[@]}" --epochs "$long" --knn-every 50
 [ "$failed" = 0 ] && echo "done; logs, tables and pictures are in $out"
 exit "$failed"
