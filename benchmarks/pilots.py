@@ -68,7 +68,7 @@ def run(row: dict[str, str], folder: Path, flags: list[str]) -> dict[str, Any]:
 
 def read_scores(path: Path) -> list[dict[str, str]]:
     """The rows of a file of scores, or none where there is no such file yet."""
-    if not path.exists():
+    if not files.read_csv(path, dict.fromkeys(("name", "flags", "minutes"), str)):  # or damaged
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

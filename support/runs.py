@@ -145,7 +145,8 @@ def open_run(
         config: the script's `Config`; the folder is `<output_dir>/<script>/<name>`. The precision
             that `auto` chooses is written into `config.json`, so that a resumed run keeps it.
         fingerprint: of the data, which must be the same on resume.
-        free: further settings that may differ from the saved ones on resume.
+        free: further settings that may differ from the saved ones on resume; `config.json` then
+            has the new ones.
 
     Yields:
         The run. An error that leaves the block carries a note that says how to go on.
@@ -221,7 +222,9 @@ def _reopen(
     if changed:
         print("The result may differ in the last bits: " + "; ".join(changed) + ".")
     before = record.get("resumed")
-    return record | {"resumed": [*(before if isinstance(before, list) else []), session]}
+    # What the numbers are made with from now on; the stages of a run are those it began with.
+    asked = {name: value for name, value in vars(config).items() if name in free - {"stages"}}
+    return record | asked | {"resumed": [*(before if isinstance(before, list) else []), session]}
 
 
 def _script_path(config: Any) -> str:
