@@ -8,7 +8,8 @@ training images back (`--evaluate-on validation`) and are scored on them by line
 few_labels.py's by the mean over methods and numbers of labels; rnn.py's have validation images.
 What each run of `simclr.csv` gets goes into `simclr-scores.csv` beside it. A second call leaves out
 the rows that have a score, wherever it was made, and goes on with the one that was stopped, so a
-longer table takes the time of its new rows. `--only NAMES` runs these rows here, scored or not.
+longer table takes the time of its new rows. `--only NAMES` runs these rows here, scored or not;
+`--jobs N` runs N rows at a time: small networks leave most of a GPU, or of many cores, to others.
 Other flags, like `--dataset`, are given to all rows.
 """
 
@@ -17,6 +18,8 @@ import csv
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +45,50 @@ def is_finished(folder: Path) -> bool:
     return path.exists() and any(key.endswith(SCORES) for key in files.read_json(path))
 
 
-def run(row: dict[str, str], folder: Path, flags: list[str]) -> dict[str, Any]:
-    """Run a row to its end, from where it stopped, and return its scores."""
+def begin(row: dict[str, str], folder: Path, flags: list[str]) -> subprocess.Popen:
+    """Start a row, or go on with it where it was stopped."""
     script = [sys.executable, str(ROOT / f"{row['script']}.py")]
     if not (folder / "config.json").exists():
         where = ["--output-dir", str(folder.parents[1]), "--name", folder.name]
         command = [*script, *SHARED[row["script"]], *shlex.split(row["flags"]), *flags, *where]
     else:
         command = [*script, "--resume", str(folder)]
-    if not is_finished(folder):
-        print(f"== {row['name']}")
-        code = subprocess.run(command).returncode
-        require(code == 0, f"{row['name']} ended with exit code {code}; call this again to go on")
+    print(f"== {row['name']}", flush=True)
+    return subprocess.Popen(command)
+
+
+def run_side_by_side(
+    table: list[dict[str, str]], folders: dict[str, Path], flags: list[str], jobs: int
+) -> Iterator[dict[str, str]]:
+    """The rows of a table, each as soon as it is finished, so many at a time.
+
+    Raises:
+        UserError: a run ended with an error; the others are stopped, and go on next time.
+    """
+    waiting = [row for row in table if not is_finished(folders[row["name"]])]
+    yield from (row for row in table if row not in waiting)
+    running: list[tuple[dict[str, str], subprocess.Popen]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                row = waiting.pop(0)
+                running.append((row, begin(row, folders[row["name"]], flags)))
+            time.sleep(0.1)
+            for row, process in running[:]:
+                if process.poll() is not None:
+                    name, code = row["name"], process.returncode
+                    require(code == 0, f"{name} ended with exit code {code}; call this again")
+                    running.remove((row, process))
+                    yield row
+    finally:
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            process.wait()
+
+
+def read_score(row: dict[str, str], folder: Path) -> dict[str, Any]:
+    """A row with the scores of its finished run."""
     summary = files.read_json(folder / "summary.json")
     about = files.read_json(folder / "config.json")
     scores = {
@@ -79,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", type=Path, help="CSV with the columns name, script, flags")
     parser.add_argument("--only", help="names of rows, with commas between them")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that run at a time [1]")
     parser.add_argument("--results", type=Path, default=Path("results/pilots"))
     arguments, flags = parser.parse_known_args()
     require(arguments.table.is_file(), f"there is no table {arguments.table}")
@@ -91,11 +127,13 @@ def main() -> None:
     require(not unknown, f"{arguments.table} has no row {sorted(unknown)}")
     strange = {row["script"] for row in table} - SHARED.keys()
     require(not strange, f"{arguments.table} knows {', '.join(SHARED)}, not {sorted(strange)}")
-    for row in table:
-        if row["name"] in wanted:
-            folder = arguments.results / arguments.table.stem / row["script"] / row["name"]
-            scores[row["name"]] = run(row, folder, flags)
-            files.write_csv(path, list(scores.values()))
+    require(arguments.jobs >= 1, "--jobs must be at least 1")
+    chosen = [row for row in table if row["name"] in wanted]
+    parent = arguments.results / arguments.table.stem
+    folders = {row["name"]: parent / row["script"] / row["name"] for row in chosen}
+    for row in run_side_by_side(chosen, folders, flags, arguments.jobs):
+        scores[row["name"]] = read_score(row, folders[row["name"]])
+        files.write_csv(path, list(scores.values()))
     for row in scores.values():
         numbers = "  ".join(f"{float(row[score]):.1%}" for score in SCORES if row.get(score))
         print(f"{row['name']:30} {numbers}  {row['minutes']} min")

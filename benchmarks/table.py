@@ -93,6 +93,11 @@ def section(results: dict[str, Any], title: str) -> list[dict[str, Any]]:
     return next((rows for key, rows in results.items() if key.startswith(title)), [])
 
 
+def find_row(rows: list[dict[str, Any]], column: str, value: str) -> dict[str, Any]:
+    """The row that has this value; an empty one if it was not measured."""
+    return next((row for row in rows if row[column] == value), {})
+
+
 def ratio(measured: dict[str, dict[str, Any]], way: str) -> str:
     """How many times as long an alternative takes, and its memory; empty if not measured."""
     other = way.removeprefix("float32 ")
@@ -123,16 +128,16 @@ def lines(every: dict[str, dict[str, Any]]) -> list[list[str]]:
     for cell in ("rnn", "lstm", "gru"):
         cells = [f"{cell.upper()} epoch, batch 64", "PIL images in a DataLoader, two more passes"]
         for results in every.values():
-            row = next(r for r in section(results, "Row-sequence") if r["cell"] == cell)
-            cells.append(f"{number(row['ours s'])} s, {row['ours GiB']:.1f} GiB")
-            cells.append(f"{number(row['ratio'])} ({row['original GiB']:.1f} GiB)")
+            row = find_row(section(results, "Row-sequence"), "cell", cell)
+            cells.append(f"{number(row['ours s'])} s, {row['ours GiB']:.1f} GiB" if row else "")
+            cells.append(f"{number(row['ratio'])} ({row['original GiB']:.1f} GiB)" if row else "")
         table.append(cells)
     for command in ("simclr.py --help", "rnn_hyperparameter_tune.py --help", "cached images"):
         cells = [command if "images" not in command else "CIFAR-10 from its cache"]
         cells.append("" if "images" in command else "above `import torch`")
         for results in every.values():
-            row = next(r for r in section(results, "Start-up") if r["command"] == command)
-            cells.append(f"{number(row['seconds'])} s")
+            row = find_row(section(results, "Start-up"), "command", command)
+            cells.append(f"{number(row['seconds'])} s" if row else "")
             cells.append(f"{row['above torch']:.1f} s" if "above torch" in row else "")
         table.append(cells)
     return table

@@ -40,3 +40,19 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(tmp_path):
     strange = call(tmp_path)
     assert strange.returncode == 2
     assert len(strange.stderr.splitlines()) == 1
+
+
+def test_rows_run_side_by_side_and_one_error_stops_the_others(tmp_path):
+    rows = [{"name": name, "script": "simclr", "flags": FLAGS} for name in ("one", "two")]
+    files.write_csv(tmp_path / "table.csv", rows)
+    both = call(tmp_path, "--jobs", "2", "--dataset", "digits", "--device", "cpu")
+    assert both.returncode == 0, both.stderr
+    began = [both.stdout.index(f"== {name}") for name in ("one", "two")]
+    assert max(began) < both.stdout.index("linear probe")  # the second did not wait for the first
+    assert len((tmp_path / "table-scores.csv").read_text().splitlines()) == 3
+    endless = FLAGS.replace("--epochs 1", "--epochs 9999")
+    rows = [{**rows[0], "name": "long", "flags": endless}, {**rows[0], "name": "bad"}]
+    files.write_csv(tmp_path / "table.csv", [rows[0], {**rows[1], "flags": "--epochs 0"}])
+    stopped = call(tmp_path, "--jobs", "2", "--dataset", "digits", "--device", "cpu")
+    assert stopped.returncode == 2  # and not after 9,999 epochs
+    assert "bad ended with exit code 2; call this again" in stopped.stderr
