@@ -97,11 +97,12 @@ class Given:
 
 
 def nearest_mean(given: Given) -> Tensor:
-    """The class whose labelled images' mean is the nearest."""
-    known = given.features["train"][given.chosen]  # (n, D)
+    """The class whose labelled images' mean is the nearest, of features of the same length."""
+    known = functions.scale_to_same_length(given.features["train"][given.chosen])  # (n, D)
     present = given.labels.unique()
     means = torch.stack([known[given.labels == label].mean(0) for label in present])  # (K, D)
-    return present[torch.cdist(given.features["test"], means).argmin(1)]
+    test = functions.scale_to_same_length(given.features["test"])
+    return present[torch.cdist(test, means).argmin(1)]
 
 
 def logistic_regression(given: Given) -> Tensor:

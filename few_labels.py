@@ -75,6 +75,9 @@ class Config(classifiers.MethodConfig, dataset=""):
     transductive: bool = setting(
         False, "comparison", "the test images are among the unlabelled ones, too"
     )
+    together: bool = setting(
+        False, "comparison", "also all runs together: their features side by side"
+    )
     workers: int = setting(1, "run", "processes, each with its share of threads")
 
     def __post_init__(self) -> None:
@@ -105,7 +108,9 @@ class Config(classifiers.MethodConfig, dataset=""):
 
 
 # What may differ when a comparison goes on: its rows stay what they are.
-FREE_ON_RESUME = frozenset({"runs", "methods", "labels", "quick_draws", "slow_draws", "workers"})
+FREE_ON_RESUME = frozenset(
+    {"runs", "methods", "labels", "quick_draws", "slow_draws", "together", "workers"}
+)
 
 
 def draw_labels(labels: Tensor, count: int, seed: Any, draws: str = "balanced") -> Tensor:
@@ -135,16 +140,18 @@ class Start:
     """What methods start from: a finished run in a `folder`, the pixels, or nothing.
 
     Runs that differ in nothing but their seed have one `group`. `seconds` are the pretraining's.
+    What has `members` has their features, side by side.
     """
 
     group: str
     kinds: tuple[str, ...]
     seconds: float = 0.0
     folder: Path | None = None
+    members: tuple[str, ...] = ()
 
 
-def read_starts(folders: Sequence[str]) -> dict[str, Start]:
-    """What there is to start from, by name.
+def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Start]:
+    """What there is to start from, by name; with `together` also all runs together.
 
     Raises:
         UserError: a folder that holds no finished run, or one that is given twice.
@@ -166,6 +173,9 @@ def read_starts(folders: Sequence[str]) -> dict[str, Start]:
             seconds = float(run.summary.get("pretrain_seconds", 0))
             old, group = starts[run.name], members[0].name
             starts[run.name] = dataclasses.replace(old, group=group, seconds=seconds)
+    if together and len(read) > 1:
+        seconds, what = sum(start.seconds for start in starts.values()), f"all {len(read)} runs"
+        starts["together"] = Start(what, ("features",), seconds, members=tuple(read))
     return starts
 
 
@@ -206,13 +216,14 @@ def prepare(
     needs = [(classifiers.METHODS[task.method], task.start) for task in tasks]
     named = {name for method, name in needs if {"pixels", "features"} & set(method.start)}
     named |= {"pixels" for method, _ in needs if method.graph == "with pixels"}
+    named = {part for name in named for part in starts[name].members or (name,)}
     data = load_data(config)
     for name in sorted(named):
         if not (path := place(folder, name, "features")).exists():
             graphs.write_arrays(path, extract(starts[name], data, config))
     for kind, name in sorted({(method.graph, name) for method, name in needs if method.graph}):
         if not (path := place(folder, name, kind)).exists():
-            used = [name, "pixels"] if kind == "with pixels" else [name]
+            used = [*(starts[name].members or (name,)), *(["pixels"] * (kind == "with pixels"))]
             read = [graphs.read_arrays(place(folder, each, "features")) for each in used]
             parts = [(torch.from_numpy(r["train"]), torch.from_numpy(r["test"])) for r in read]
             found = graphs.find_neighbourhood(parts, config.neighbours, config.transductive)
@@ -240,7 +251,7 @@ class Trainer:
     """Does a task, and keeps what several of them share; one per process."""
 
     def __init__(self, config: Config, folder: Path):
-        self.config, self.starts = config, read_starts(config.runs)
+        self.config, self.starts = config, read_starts(config.runs, config.together)
         self.fabric = devices.make_fabric(config.device, config.precision)
         self.data = load_data(config).to(self.fabric.device)
         self.folder = folder
@@ -261,8 +272,7 @@ class Trainer:
         if {"new", "encoder"} & set(method.start):
             encoder = self.make_encoder(self.starts[task.start].folder)
         else:
-            arrays = graphs.read_arrays(place(self.folder, task.start, "features"))
-            features = {k: torch.from_numpy(v).to(fabric.device) for k, v in arrays.items()}
+            features = self.read_features(task.start)
         if method.graph:
             near = self.neighbourhood(place(self.folder, task.start, method.graph))
         images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
@@ -287,6 +297,14 @@ class Trainer:
         row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
         row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
         return row | {"seconds": time.perf_counter() - began}
+
+    def read_features(self, start: str) -> dict[str, Tensor]:
+        """What `extract` found, of several runs side by side."""
+        names = self.starts[start].members or (start,)
+        arrays = [graphs.read_arrays(place(self.folder, name, "features")) for name in names]
+        parts = {k: [torch.from_numpy(each[k]) for each in arrays] for k in arrays[0]}
+        device = self.fabric.device
+        return {k: (torch.cat(v, 1) if len(v) > 1 else v[0]).to(device) for k, v in parts.items()}
 
     def make_encoder(self, folder: Path | None) -> Any:
         """The encoder of a finished run; without one a new encoder, like that of the first run."""
@@ -348,7 +366,7 @@ def write_results(
     styles: dict[str, tuple[str, ...]] = {}
     for row in named:
         start, line = starts[row["start"]], ":" if row["start"] == "pixels" else "-"
-        panel = start.group if start.folder is not None else ""
+        panel = start.group if "features" in start.kinds else ""
         styles[row["name"]] = (panel, classifiers.METHODS[row["method"]].color, line)
     plain = {name for name, (panel, _, _) in styles.items() if not panel}
     means = scores.summarize(named, {name: start.seconds for name, start in starts.items()})
@@ -389,7 +407,7 @@ def main(config: Config) -> dict[str, Any]:
         UserError: data, settings or run folders that cannot be used.
         Diverged: a loss is not finite.
     """
-    starts = read_starts(config.runs)
+    starts = read_starts(config.runs, config.together)
     config = with_data_of_runs(config)
     whole = load_data(dataclasses.replace(config, evaluate_on="test"))
     prints = {whole.fingerprint(), whole.for_choosing().fingerprint(), None}

@@ -389,6 +389,9 @@ def logistic_regression(
 ) -> Tensor:
     """Classes `(M,)`, on the CPU, of features `(M, D)`, learned from known ones to convergence.
 
+    All features are scaled to the same length before: with few labels directions say more than
+    lengths (SimpleShot, Wang et al. 2019, https://arxiv.org/abs/1911.04623, section 2).
+
     Args:
         known: `(n, D)`, standardised as `features` are.
         labels: `(n,)`, of any number of classes.
@@ -399,9 +402,15 @@ def logistic_regression(
 
     if (labels == labels[0]).all():  # scikit-learn wants two classes
         return labels[:1].cpu().expand(len(features))
+    known, features = (scale_to_same_length(part) for part in (known, features))
     model = LogisticRegression(C=1 / penalty, max_iter=2000)
     model.fit(known.cpu().numpy(), labels.cpu().numpy())
     return torch.from_numpy(model.predict(features.cpu().numpy()))
+
+
+def scale_to_same_length(features: Tensor) -> Tensor:
+    """Features `(N, D)` of length sqrt(D), about what standardised ones have."""
+    return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

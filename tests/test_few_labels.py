@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 from sklearn.neighbors import NearestCentroid
+from sklearn.preprocessing import normalize
 from sklearn.semi_supervised import LabelSpreading
 
 import classifiers
 import few_labels
 import functions
 import simsiam
-from support import graphs, neighbours, pool, scores, settings
+from support import files, graphs, neighbours, pool, scores, settings
 from support.errors import UserError
 
 
@@ -85,8 +86,8 @@ def dense_affinity(similarity, index):
     w = np.zeros((len(index), len(index)))
     for i, (values, others) in enumerate(zip(similarity, index, strict=True)):
         for value, j in zip(values, others, strict=True):
-            w[i, j] += max(value, 0)
-            w[j, i] += max(value, 0)
+            w[i, j] += max(float(value), 0) ** 3
+            w[j, i] += max(float(value), 0) ** 3
     return w
 
 
@@ -129,7 +130,7 @@ def test_new_images_take_their_neighbours_scores():
     found = graphs.average_neighbours(
         scores_of, np.array([[0.5, 0.25], [0.5, -1.0]]), np.array([[0, 1], [2, 1]])
     )
-    np.testing.assert_allclose(found, [[0.5, 0.75], [1.0, 1.0]])
+    np.testing.assert_allclose(found, [[1 / 8, 3 / 64], [2 / 8, 2 / 8]])
 
 
 def test_whitening_makes_all_kept_directions_equal():
@@ -183,7 +184,8 @@ def test_the_nearest_mean_is_scikit_learns():
     draw = torch.Generator().manual_seed(0)
     features, test = torch.randn(50, 5, generator=draw), torch.randn(200, 5, generator=draw)
     labels = torch.tensor([0, 3, 3, 1, 0, 1, 1])  # nobody has drawn class 2
-    expected = NearestCentroid().fit(features[:7].numpy(), labels.numpy()).predict(test.numpy())
+    known, new = normalize(features[:7].numpy()), normalize(test.numpy())
+    expected = NearestCentroid().fit(known, labels.numpy()).predict(new)
     found = classifiers.nearest_mean(given(features, test, labels))
     assert found.tolist() == expected.tolist()
 
@@ -399,6 +401,41 @@ def test_transductive_methods_are_marked(pretrained, tmp_path):
         *("nearest mean, pixels", "label spreading, pixels (transductive)"),
         *("nearest mean, simsiam/a", "label spreading, simsiam/a (transductive)"),
     }
+
+
+def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path):
+    runs = (pretrained["a"], pretrained["b"])
+    config = make_config(tmp_path, runs=runs, dataset="digits", labels="20", methods="linear,fused")
+    few_labels.main(dataclasses.replace(config, together=True))
+    rows = {
+        (row["method"], row["start"]): float(row["accuracy"])
+        for row in read(tmp_path / "few_labels" / "run")
+        if row["draw"] == "0"
+    }
+    assert {start for _, start in rows} == {"pixels", "simsiam/a", "simsiam/b", "together"}
+    starts, data = few_labels.read_starts(runs), few_labels.load_data(config)
+    names = ("simsiam/a", "simsiam/b", "pixels")
+    parts = [few_labels.extract(starts[name], data, config) for name in names]
+    chosen = few_labels.draw_labels(data.train.labels, 20, (config.seed, 0))
+    labels = data.train.labels[chosen]
+    train, test = (torch.cat([part[k] for part in parts[:2]], 1) for k in ("train", "test"))
+    predictions = functions.logistic_regression(train[chosen], labels, test)
+    assert rows["linear", "together"] == functions.accuracy(predictions, data.test.labels)
+    pairs = [(part["train"], part["test"]) for part in parts]
+    found = graphs.find_neighbourhood(pairs, config.neighbours, False)
+    found = {name: values.numpy() for name, values in found.items()}
+    near = graphs.normalized_graph(found["near"], found["where"])
+    marks = F.one_hot(labels, 10).double().numpy()
+    spread = graphs.spread(near, chosen.numpy(), marks, config.alpha)
+    spread = graphs.average_neighbours(spread, found["test_near"], found["test_where"])
+    predictions = torch.from_numpy(spread.argmax(1))
+    assert rows["fused", "together"] == functions.accuracy(predictions, data.test.labels)
+    for row in read(tmp_path / "few_labels" / "run", "scores"):
+        if "all 2 runs" in row["name"]:
+            both = sum(
+                files.read_json(Path(run) / "summary.json")["pretrain_seconds"] for run in runs
+            )
+            assert float(row["minutes"]) >= both / 60
 
 
 def test_without_runs_there_are_the_methods_without_pretraining(tmp_path):
