@@ -85,5 +85,10 @@ done
 part simsiam-epochs "$python" benchmarks/gpu.py --device "$device" epochs simsiam "${recipe[@]}"
 train simsiam gpu-simsiam "${recipe[@]}" --stages pretrain,probe
 train simclr "gpu-$long" "${recipe[@]}" --epochs "$long" --knn-every 50
+# Small networks leave most of a GPU to others: the tables of pilots, eight runs at a time.
+for table in rows simclr cifar-methods fashion; do
+  [ -n "$tiny" ] || part "pilots-$table" "$python" benchmarks/pilots.py --jobs 8 \
+    "docs/results/pilots/$table.csv" $([ $table = fashion ] || echo --dataset "$dataset")
+done
 [ "$failed" = 0 ] && echo "done; logs, tables and pictures are in $out"
 exit "$failed"
