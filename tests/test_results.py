@@ -124,18 +124,6 @@ def test_the_cells_are_what_was_measured():
     assert said == known
 
 
-def test_simclr_beside_simsiam_is_what_was_measured():
-    found = measured("simclr-simsiam-fashion-mnist")
-    by_batch = {(runs[0].script, f"{runs[0].settings['batch_size']:,}"): runs for runs in found}
-    rows = table("docs/results.md", "## SimCLR beside SimSiam")
-    assert {(row[""].lower(), row["batch"]) for row in rows} == set(by_batch)
-    for row in rows:
-        runs = by_batch[row[""].lower(), row["batch"]]
-        assert [row[name] for name in ("seeds", "linear probe", "kNN")] == shown(runs)[:3]
-        fastest = min(epoch["seconds"] for run in runs for epoch in run.rows)
-        assert row["fastest epoch"].split()[0] == f"{fastest:.0f}"
-
-
 def test_simsiams_pilots_are_what_was_measured():
     rows = table("docs/results.md", "## SimSiam's rate")
     with (ROOT / "docs/results/pilots/simsiam-scores.csv").open(newline="") as file:
@@ -154,13 +142,42 @@ def test_simsiams_pilots_are_what_was_measured():
 
 def test_few_labels_are_what_was_measured():
     summary = json.loads((ROOT / "docs/results/simsiam-fashion-mnist/summary.json").read_text())
-    rows = table("docs/few_labels.md", "## Results")
+    rows = table("docs/few_labels.md", "## The older study")
     assert len(rows) == 5
     for row in rows:
         labels, *said = (cell.replace(",", "") for cell in row.values())
         scores = [method[labels] for method in summary["label_efficiency"].values()]
         means = [f"{100 * s['macro_f1']:.1f} ± {100 * s['macro_f1_sd']:.1f}" for s in scores]
         assert said == means
+
+
+def test_few_labels_together_are_what_was_measured():
+    names = {"pixels": "pixels", "SimSiam": "simsiam/simsiam-seed0", "all three": "all 3 runs"}
+    with (ROOT / "docs/results/few-labels/fashion-scores.csv").open() as file:
+        scores = {(row["name"], f"{int(row['labels']):,}"): row for row in csv.DictReader(file)}
+    said = {
+        (f"{row['method']}, {names[row['from']]}", labels): row[labels]
+        for row in table("docs/few_labels.md", "## Results")
+        for labels in ("10", "100", "1,000")
+    }
+    assert said == {
+        key: f"{100 * float(row['accuracy']):.1f} ± {100 * float(row['accuracy_sd']):.1f}"
+        for key, row in scores.items()
+    }
+
+
+def test_three_methods_are_what_was_measured():
+    found = {runs[0].script: runs for runs in measured("fashion-mnist-encoders")}
+    rows = table("docs/results.md", "## Three methods in equal minutes")
+    assert {row[""].lower() for row in rows} == set(found)
+    for row in rows:
+        runs = found[row[""].lower()]
+        assert [row[name] for name in ("seeds", "linear probe", "kNN")] == shown(runs)[:3]
+        assert row["epochs"] == str(len(runs[0].rows))
+        fastest = min(epoch["seconds"] for run in runs for epoch in run.rows)
+        assert row["minutes"] == f"{fastest * len(runs[0].rows) / 60:.0f}"
+        few = statistics.mean(r.summary["few_label_accuracy_encoder"]["mean"] for r in runs)
+        assert row["10 labels per class"] == f"{100 * few:.1f}"
 
 
 def test_the_speed_table_says_what_was_measured():
