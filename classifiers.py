@@ -75,8 +75,8 @@ class Given:
         labels: `(n,)`, their classes.
         classes: K.
         encoder: a finished one, or a new one to train from scratch; it is the method's own.
-        features: standardised ones of a finished encoder, or the pixels, of the training images,
-            `train` `(N, D)`, and of the test images, `test` `(M, D)`.
+        features: standardised ones of a finished encoder, or the pixels, of the labelled images,
+            `known` `(n, D)`, and of the test images, `test` `(M, D)`.
         near: what label spreading needs to know of the images' neighbours.
         seed: of the training.
         config: the settings.
@@ -98,7 +98,7 @@ class Given:
 
 def nearest_mean(given: Given) -> Tensor:
     """The class whose labelled images' mean is the nearest, of features of the same length."""
-    known = functions.scale_to_same_length(given.features["train"][given.chosen])  # (n, D)
+    known = functions.scale_to_same_length(given.features["known"])  # (n, D)
     present = given.labels.unique()
     means = torch.stack([known[given.labels == label].mean(0) for label in present])  # (K, D)
     test = functions.scale_to_same_length(given.features["test"])
@@ -107,17 +107,17 @@ def nearest_mean(given: Given) -> Tensor:
 
 def logistic_regression(given: Given) -> Tensor:
     """A linear layer with an L2 penalty, to convergence."""
-    known = given.features["train"][given.chosen]
+    known = given.features["known"]
     test, penalty = given.features["test"], given.config.penalty
     return functions.logistic_regression(known, given.labels, test, penalty)
 
 
 def train_mlp(given: Given) -> Tensor:
     """One hidden layer of 512 units with BatchNorm."""
-    width = given.features["train"].shape[1]
+    width = given.features["known"].shape[1]
     hidden = (nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU())
     classifier = nn.Sequential(*hidden, nn.Linear(512, given.classes))
-    known = given.features["train"][given.chosen]
+    known = given.features["known"]
     train(given, classifier, known, lambda batch, generator: batch)
     with functions.evaluating(classifier):
         return classifier(given.features["test"]).argmax(1)

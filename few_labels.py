@@ -271,8 +271,8 @@ class Trainer:
         encoder = features = near = None
         if {"new", "encoder"} & set(method.start):
             encoder = self.make_encoder(self.starts[task.start].folder)
-        else:
-            features = self.read_features(task.start)
+        elif not method.graph:
+            features = self.read_features(task.start, chosen.cpu())
         if method.graph:
             near = self.neighbourhood(place(self.folder, task.start, method.graph))
         images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
@@ -298,13 +298,13 @@ class Trainer:
         row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
         return row | {"seconds": time.perf_counter() - began}
 
-    def read_features(self, start: str) -> dict[str, Tensor]:
-        """What `extract` found, of several runs side by side."""
+    def read_features(self, start: str, chosen: Tensor) -> dict[str, Tensor]:
+        """Features of the labelled and the test images, those of several runs side by side."""
         names = self.starts[start].members or (start,)
         arrays = [graphs.read_arrays(place(self.folder, name, "features")) for name in names]
-        parts = {k: [torch.from_numpy(each[k]) for each in arrays] for k in arrays[0]}
-        device = self.fabric.device
-        return {k: (torch.cat(v, 1) if len(v) > 1 else v[0]).to(device) for k, v in parts.items()}
+        known = torch.cat([torch.from_numpy(each["train"][chosen]) for each in arrays], 1)
+        test = torch.cat([torch.from_numpy(each["test"]) for each in arrays], 1)
+        return {"known": known.to(self.fabric.device), "test": test.to(self.fabric.device)}
 
     def make_encoder(self, folder: Path | None) -> Any:
         """The encoder of a finished run; without one a new encoder, like that of the first run."""

@@ -149,7 +149,7 @@ def test_whitening_makes_all_kept_directions_equal():
 
 def given(features=None, test=None, labels=None, **changes):
     """What a method on features gets; the first images are labelled."""
-    held = None if features is None else {"train": features, "test": test}
+    held = None if features is None else {"known": features[: len(labels)], "test": test}
     values = {"images": None, "test": None, "chosen": torch.arange(len(labels))}
     values |= {"labels": labels, "classes": int(labels.max()) + 1, "encoder": None}
     values |= {
