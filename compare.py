@@ -29,7 +29,7 @@ from support.settings import FREE_ON_RESUME, Parser, value_before
 # file that others came from.
 NOT_COMPARED = frozenset(
     {"script", "command", "commit", "versions", "hardware", "threads", "processes", "started"}
-    | {"resumed", "data", "config", "precision_because"}
+    | {"resumed", "data", "config", "precision_because", "stages"}
     | (FREE_ON_RESUME - {"dataset"})
 )
 # The table's columns: a key of summary.json, and what stands above its numbers.

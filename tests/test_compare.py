@@ -61,7 +61,7 @@ def test_runs_of_one_recipe_are_one_row_and_others_are_not(tmp_path):
     recipe = {"temperature": 0.5, "learning_rate": 0.1}
     changes = {
         "a": {},
-        "seed-1": {"commit": "other", "device": "cuda"},
+        "seed-1": {"commit": "other", "device": "cuda", "stages": "pretrain"},
         "faster": {"learning_rate": 0.2},
         "other-images": {"dataset": "digits"},
         # The first run is of a version without these, which computed as with these values.
