@@ -33,7 +33,7 @@ fi
 pack() {
   find results -type f \( -name '*.log' -o -name '*.csv' -o -name '*.json' -o -name '*.png' \) |
     sort | tar -czf - -T - | split -b 14M - "$out/gpu.tar.gz."
-  grep -E '"(linear_probe|knn)_accuracy"|seconds"' results/*/gpu-*/summary.json
+  grep -sHE '"(linear_probe|knn)_accuracy"|seconds"' results/*/gpu-*/summary.json
 }
 trap pack EXIT
 
