@@ -154,7 +154,8 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
     """What there is to start from, by name; with `together` also all runs together.
 
     Raises:
-        UserError: a folder that holds no finished run, or one that is given twice.
+        UserError: a folder that holds no finished run, or one that is given twice; fewer than two
+            runs to put together.
     """
     starts = {"nothing": Start("", ("new",)), "pixels": Start("pixels", ("pixels",))}
     read: dict[str, compare.Run] = {}
@@ -173,7 +174,8 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
             seconds = float(run.summary.get("pretrain_seconds", 0))
             old, group = starts[run.name], members[0].name
             starts[run.name] = dataclasses.replace(old, group=group, seconds=seconds)
-    if together and len(read) > 1:
+    require(not together or len(read) > 1, "--together needs two runs or more")
+    if together:
         seconds, what = sum(start.seconds for start in starts.values()), f"all {len(read)} runs"
         starts["together"] = Start(what, ("features",), seconds, members=tuple(read))
     return starts

@@ -390,7 +390,7 @@ def logistic_regression(
     """Classes `(M,)`, on the CPU, of features `(M, D)`, learned from known ones to convergence.
 
     All features are scaled to the same length before: with few labels directions say more than
-    lengths (SimpleShot, Wang et al. 2019, https://arxiv.org/abs/1911.04623, section 2).
+    lengths (SimpleShot, Wang et al. 2019, https://arxiv.org/abs/1911.04623).
 
     Args:
         known: `(n, D)`, standardised as `features` are.

@@ -99,8 +99,7 @@ def read_neighbourhood(folder: Path) -> Neighbourhood:
 def edge_weights(similarity: np.ndarray) -> np.ndarray:
     """Weights of edges between images of these cosine similarities, not negative.
 
-    The cube, so that the nearest count most (Iscen et al. 2019, https://arxiv.org/abs/1904.04717,
-    equation 9).
+    The cube, so that the nearest count most (Iscen et al. 2019, https://arxiv.org/abs/1904.04717).
     """
     return np.maximum(similarity, 0) ** 3
 

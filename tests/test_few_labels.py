@@ -403,8 +403,10 @@ def test_transductive_methods_are_marked(pretrained, tmp_path):
     }
 
 
-def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path):
+def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, user_error):
     runs = (pretrained["a"], pretrained["b"])
+    with user_error("--together"):
+        few_labels.read_starts(runs[:1], together=True)
     config = make_config(tmp_path, runs=runs, dataset="digits", labels="20", methods="linear,fused")
     few_labels.main(dataclasses.replace(config, together=True))
     rows = {
