@@ -442,7 +442,22 @@ def embedding_std(embeddings: Tensor) -> float:
 
 def rank_me(embeddings: Tensor) -> float:
     """RankMe (Garrido et al. 2023, equation 1): effective rank, between 1 and min(N, D)."""
-    values = torch.linalg.svdvals(embeddings.float().cpu())
+    return effective_rank(singular_values(embeddings))
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """The singular values of `(N, D)`, descending, `(min(N, D),)`, in float64 on the CPU.
+
+    They are the roots of the smaller Gram matrix's eigenvalues, which for features take a third of
+    the time of `svdvals`. Those below 1e-8 of the largest are lost, which weigh nothing here.
+    """
+    matrix = matrix.cpu().double()
+    gram = matrix.T @ matrix if len(matrix) > matrix.shape[1] else matrix @ matrix.T
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+
+
+def effective_rank(values: Tensor) -> float:
+    """Exp of the entropy of non-negative values, as shares of their sum."""
     p = values / values.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
 
