@@ -207,6 +207,7 @@ def fixmatch(given: Given) -> Tensor:
     classifier.train()
     for step in range(config.steps):
         generator = devices.epoch_generator(given.seed, step, device, stream=5)
+        host = devices.epoch_generator(given.seed, step, stream=6)
         optimizer.param_groups[0]["lr"] = progress.scheduled_rate(
             rate, step, config.steps, 0, "cosine"
         )
@@ -216,7 +217,7 @@ def fixmatch(given: Given) -> Tensor:
         labelled = augment_weakly(split.images[given.chosen[known]], config, generator)
         unlabelled = split.images[others]
         weakly = augment_weakly(unlabelled, config, generator)
-        strongly = augment_strongly(unlabelled, config, generator)
+        strongly = augment_strongly(unlabelled, config, generator, host)
         batch = torch.cat([datasets.to_float(torch.cat([labelled, weakly])), strongly])
         batch = split.normalize(batch).contiguous(memory_format=torch.channels_last)
         sizes = [64, len(others), len(others)]
@@ -256,12 +257,17 @@ def augment_weakly(images: Tensor, config: MethodConfig, generator: torch.Genera
     return augment.random_shift(images, images.shape[2] // 8, generator)
 
 
-def augment_strongly(images: Tensor, config: MethodConfig, generator: torch.Generator) -> Tensor:
-    """Two ops of RandAugment of one random strength, then Cutout (appendix E); in [0, 1]."""
+def augment_strongly(
+    images: Tensor, config: MethodConfig, generator: torch.Generator, host: torch.Generator
+) -> Tensor:
+    """Two ops of RandAugment, then Cutout (section 2.3); in [0, 1].
+
+    All images of a step get one random strength, from a tenth to nine tenths of the largest. `host`
+    is a generator on the CPU.
+    """
     images = augment_weakly(images, config, generator)
-    host = torch.Generator().manual_seed(generator.initial_seed())
     ops, negative = randaugment.draw_randaugment(len(images), 2, host)
-    magnitude = int(torch.randint(1, 11, (), generator=host))
+    magnitude = int(torch.randint(3, 28, (), generator=host))  # of 30
     images = datasets.to_float(randaugment.rand_augment(images, ops, negative, magnitude))
     return augment.random_cutout(images, images.shape[2] // 2, generator)
 
@@ -281,6 +287,11 @@ class Method(NamedTuple):
     slow: bool = False
     exact: bool = False
     graph: Literal["", "alone", "with pixels"] = ""
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether it learns from the other images, too."""
+        return self.predict in (spread_labels, fixmatch)
 
 
 METHODS = {

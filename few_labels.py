@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,7 @@ class Config(classifiers.MethodConfig, dataset=""):
     def method_names(self) -> tuple[str, ...]:
         """The methods to compare."""
         names = tuple(name.strip() for name in self.methods.split(","))
-        return tuple(classifiers.METHODS) if names == ("all",) else names
+        return tuple(classifiers.METHODS) if names == ("all",) else tuple(dict.fromkeys(names))
 
     def label_counts(self, images: int) -> list[int]:
         """The numbers of labels, ascending; those above `images` are left out."""
@@ -107,29 +107,10 @@ class Config(classifiers.MethodConfig, dataset=""):
         return sorted(count for count in counts if count <= images)
 
 
-# What may differ when a comparison goes on: its rows stay what they are.
+# What may differ when a comparison goes on: its rows stay what they are. Runs come at the end.
 FREE_ON_RESUME = frozenset(
     {"runs", "methods", "labels", "quick_draws", "slow_draws", "together", "workers"}
 )
-
-
-def draw_labels(labels: Tensor, count: int, seed: Any, draws: str = "balanced") -> Tensor:
-    """Positions `(count,)` of labelled images, nested for the same seed.
-
-    Balanced, the first K are one image of each of the K classes, the next K another one, and so on;
-    a class that has no more images is passed over. Random, all images are alike.
-    """
-    generator = np.random.default_rng(seed)
-    values = labels.cpu().numpy()
-    if draws == "random":
-        return torch.from_numpy(generator.permutation(len(values))[:count])
-    classes = generator.permutation(np.unique(values))
-    turns = [
-        (rank, place, image)
-        for place, label in enumerate(classes)
-        for rank, image in enumerate(generator.permutation(np.flatnonzero(values == label)))
-    ]
-    return torch.tensor([int(image) for _, _, image in sorted(turns)[:count]])
 
 
 # ---------------------------------------------------------------------------- the trainings
@@ -164,7 +145,7 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
         name = f"{run.script}/{Path(folder).resolve().name}"
         has_encoder = (Path(folder) / "encoder.safetensors").exists()
         require(has_encoder, f"{folder} has no encoder.safetensors: it pretrained no encoder")
-        require(name not in read, f"{name} is given twice")
+        require(name not in read, f"{name} is given twice, or two runs have that name")
         # Runs that were evaluated in other ways are no others.
         known = {k: v for k, v in run.settings.items() if k not in pretraining.EVALUATION}
         read[name] = dataclasses.replace(run, name=name, settings=known)
@@ -177,7 +158,7 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
     require(not together or len(read) > 1, "--together needs two runs or more")
     if together:
         seconds, what = sum(start.seconds for start in starts.values()), f"all {len(read)} runs"
-        starts["together"] = Start(what, ("features",), seconds, members=tuple(read))
+        starts[what] = Start(what, ("features",), seconds, members=tuple(read))
     return starts
 
 
@@ -206,30 +187,23 @@ def load_data(config: Config) -> datasets.ImageData:
     return data.for_choosing() if config.evaluate_on == "validation" else data
 
 
-def place(folder: Path, start: str, kind: str) -> Path:
-    """Where the `features` of a start, or the neighbours by a graph of that kind, are kept."""
-    return folder / "features" / f"{start.replace('/', '-')}-{kind}"
-
-
 def prepare(
-    folder: Path, tasks: Collection[Task], starts: dict[str, Start], config: Config
+    folder: Path,
+    tasks: Collection[Task],
+    starts: dict[str, Start],
+    config: Config,
+    data: datasets.ImageData,
 ) -> None:
     """Write the features and neighbours that tasks need, once for all of them and all processes."""
-    needs = [(classifiers.METHODS[task.method], task.start) for task in tasks]
-    named = {name for method, name in needs if {"pixels", "features"} & set(method.start)}
-    named |= {"pixels" for method, _ in needs if method.graph == "with pixels"}
-    named = {part for name in named for part in starts[name].members or (name,)}
-    data = load_data(config)
-    for name in sorted(named):
-        if not (path := place(folder, name, "features")).exists():
-            graphs.write_arrays(path, extract(starts[name], data, config))
-    for kind, name in sorted({(method.graph, name) for method, name in needs if method.graph}):
-        if not (path := place(folder, name, kind)).exists():
-            used = [*(starts[name].members or (name,)), *(["pixels"] * (kind == "with pixels"))]
-            read = [graphs.read_arrays(place(folder, each, "features")) for each in used]
-            parts = [(torch.from_numpy(r["train"]), torch.from_numpy(r["test"])) for r in read]
-            found = graphs.find_neighbourhood(parts, config.neighbours, config.transductive)
-            graphs.write_arrays(path, found)
+    used = {(task.start, classifiers.METHODS[task.method]) for task in tasks}
+    kinds = {"pixels", "features"}
+    needs = {(name, method.graph or "features") for name, method in used if kinds & {*method.start}}
+    parts = {name: start.members or (name,) for name, start in starts.items()}
+
+    def features(name: str) -> dict[str, Tensor]:
+        return extract(starts[name], data, config)
+
+    graphs.prepare(folder, needs, parts, features, config.neighbours, config.transductive)
 
 
 def extract(start: Start, data: datasets.ImageData, config: Config) -> dict[str, Tensor]:
@@ -257,56 +231,37 @@ class Trainer:
         self.fabric = devices.make_fabric(config.device, config.precision)
         self.data = load_data(config).to(self.fabric.device)
         self.folder = folder
-        self.neighbourhood = functools.lru_cache(maxsize=4)(graphs.read_neighbourhood)
+        self.neighbourhood = functools.cache(graphs.read_neighbourhood)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """The row of `few_labels.csv`."""
         from sklearn.metrics import f1_score
 
         config, data, fabric = self.config, self.data, self.fabric
-        method = classifiers.METHODS[task.method]
+        method, start = classifiers.METHODS[task.method], self.starts[task.start]
         began, seed = time.perf_counter(), config.seed + task.draw
         drawn = (config.seed, task.draw)
-        chosen = draw_labels(data.train.labels, task.labels, drawn, config.draws)
-        chosen = chosen.to(fabric.device)
+        chosen = datasets.draw_labels(data.train.labels, task.labels, drawn, config.draws)
         devices.seed_everything(seed)
         encoder = features = near = None
         if {"new", "encoder"} & set(method.start):
-            encoder = self.make_encoder(self.starts[task.start].folder)
-        elif not method.graph:
-            features = self.read_features(task.start, chosen.cpu())
-        if method.graph:
-            near = self.neighbourhood(place(self.folder, task.start, method.graph))
+            encoder = self.make_encoder(start.folder)
+        elif method.graph:
+            near = self.neighbourhood(graphs.place(self.folder, task.start, method.graph))
+        else:
+            read = graphs.read_features(self.folder, start.members or (task.start,), chosen)
+            features = {part: values.to(fabric.device) for part, values in read.items()}
+        chosen = chosen.to(fabric.device)
         images, test = (dataclasses.replace(s, labels=None) for s in (data.train, data.test))
         if config.transductive:
             everything = torch.cat([images.images, test.images])
             images = dataclasses.replace(images, images=everything, paths=None)
-        labels, classes = data.train.labels[chosen], len(data.classes)
-        given = classifiers.Given(
-            images,
-            test,
-            chosen,
-            labels,
-            classes,
-            encoder,
-            features,
-            near,
-            seed,
-            config,
-            self.fabric,
-        )
+        parts = (images, test, chosen, data.train.labels[chosen], len(data.classes))
+        given = classifiers.Given(*parts, encoder, features, near, seed, config, fabric)
         predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
         row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
         row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
         return row | {"seconds": time.perf_counter() - began}
-
-    def read_features(self, start: str, chosen: Tensor) -> dict[str, Tensor]:
-        """Features of the labelled and the test images, those of several runs side by side."""
-        names = self.starts[start].members or (start,)
-        arrays = [graphs.read_arrays(place(self.folder, name, "features")) for name in names]
-        known = torch.cat([torch.from_numpy(each["train"][chosen]) for each in arrays], 1)
-        test = torch.cat([torch.from_numpy(each["test"]) for each in arrays], 1)
-        return {"known": known.to(self.fabric.device), "test": test.to(self.fabric.device)}
 
     def make_encoder(self, folder: Path | None) -> Any:
         """The encoder of a finished run; without one a new encoder, like that of the first run."""
@@ -347,32 +302,22 @@ def train_missing(
 # ----------------------------------------------------------------------------- the results
 
 
-def name_line(task: Task, starts: dict[str, Start], transductive: bool) -> str:
-    """What a training's line is called in tables and figures."""
-    unlabelled = classifiers.METHODS[task.method].predict in (
-        classifiers.spread_labels,
-        classifiers.fixmatch,
-    )
-    group = starts[task.start].group
-    name = classifiers.METHODS[task.method].label + (f", {group}" if group else "")
-    return name + (" (transductive)" if transductive and unlabelled else "")
-
-
 def write_results(
-    folder: Path, rows: list[dict[str, Any]], starts: dict[str, Start], title: str, config: Config
+    folder: Path, rows: scores.Rows, starts: dict[str, Start], title: str, config: Config
 ) -> dict[str, Any]:
     """Write the tables and the figure, print the tables, and return what `summary.json` gets."""
-    named = [
-        row | {"name": name_line(scores.task_of(row), starts, config.transductive)} for row in rows
-    ]
+    named = []
     styles: dict[str, tuple[str, ...]] = {}
-    for row in named:
-        start, line = starts[row["start"]], ":" if row["start"] == "pixels" else "-"
+    for row in rows:
+        method, start = classifiers.METHODS[row["method"]], starts[row["start"]]
+        name = method.label + (f", {start.group}" if start.group else "")
+        name += " (transductive)" if config.transductive and method.unlabelled else ""
+        named.append(row | {"name": name})
         panel = start.group if "features" in start.kinds else ""
-        styles[row["name"]] = (panel, classifiers.METHODS[row["method"]].color, line)
-    plain = {name for name, (panel, _, _) in styles.items() if not panel}
+        styles[name] = (panel, method.color, ":" if row["start"] == "pixels" else "-")
     means = scores.summarize(named, {name: start.seconds for name, start in starts.items()})
-    differences = scores.find_differences(named, means, frozenset(plain))
+    plain = frozenset(name for name, (panel, _, _) in styles.items() if not panel)
+    differences = scores.find_differences(named, plain)
     files.write_csv(folder / "scores.csv", means)
     files.write_csv(folder / "differences.csv", differences)
     tables = scores.make_tables(means, differences)
@@ -395,11 +340,40 @@ def with_data_of_runs(config: Config) -> Config:
         UserError: the runs are of several data sets.
     """
     records = [files.read_json(Path(folder) / "config.json") for folder in config.runs]
-    known = {(str(record.get("dataset")), record.get("image_size", 32)) for record in records}
-    names = ", ".join(sorted(name for name, _ in known))
-    require(len(known) <= 1 or bool(config.dataset), f"the runs are of several data sets: {names}")
-    dataset, size = next(iter(known), ("fashion-mnist", config.image_size))
-    return dataclasses.replace(config, dataset=config.dataset or dataset, image_size=size)
+    names = sorted({str(record.get("dataset")) for record in records}) or ["fashion-mnist"]
+    require(
+        len(names) == 1 or bool(config.dataset),
+        f"the runs are of several data sets: {', '.join(names)}",
+    )
+    told: dict[str, Any] = {}
+    for name in ("image_size", "channels", "value_range", "stack"):
+        for record in records[:1]:
+            value = record.get(name, getattr(config, name))
+            told[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(config, dataset=config.dataset or names[0], **told)
+
+
+def check_runs(config: Config, starts: dict[str, Start], data: datasets.ImageData) -> None:
+    """See that the runs' images are those of `data`, and that a resumed comparison keeps its runs.
+
+    Raises:
+        UserError: they are not.
+    """
+    whole = data.fingerprint()
+    for name, start in starts.items():
+        if start.folder is None:
+            continue
+        seen = files.read_json(start.folder / "config.json").get("data")
+        same = seen in (None, whole) or seen == data.for_choosing().fingerprint()
+        require(same, f"{name} was trained on other images than {config.dataset} now")
+        if config.evaluate_on == "validation" and seen == whole:
+            print(f"{name} was pretrained on the held-out images, too, without their labels")
+    if config.resume:
+        before = files.read_json(Path(config.resume) / "config.json").get("runs", [])
+        known, now = ([Path(run).resolve() for run in each] for each in (before, config.runs))
+        kept = now[: len(known)] == known and bool(now) == bool(known)
+        what = " ".join(before) or "no runs"
+        require(kept, f"{config.resume} compares {what}: name them first, then others")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -412,12 +386,8 @@ def main(config: Config) -> dict[str, Any]:
     starts = read_starts(config.runs, config.together)
     config = with_data_of_runs(config)
     whole = load_data(dataclasses.replace(config, evaluate_on="test"))
-    prints = {whole.fingerprint(), whole.for_choosing().fingerprint(), None}
-    for name, start in starts.items():
-        if start.folder is not None:
-            seen = files.read_json(start.folder / "config.json").get("data")
-            require(seen in prints, f"{name} was trained on other images than {config.dataset} now")
-    data = load_data(config)
+    check_runs(config, starts, whole)
+    data = whole if config.evaluate_on == "test" else whole.for_choosing()
     tasks = list_tasks(config, starts, len(data.train))
     require(bool(tasks), "there is nothing to train: these --methods need runs, or fewer --labels")
     with runs.open_run(config, whole.fingerprint(), FREE_ON_RESUME) as run:
@@ -426,23 +396,17 @@ def main(config: Config) -> dict[str, Any]:
         if config.evaluate_on == "validation":
             what = "held-out training images"
             print(f"what are called test images are {what}")
-        kinds: dict[str, Callable[[str], Any]] = {"method": str, "start": str, "labels": int}
-        kinds |= {
-            "draw": int,
-            "accuracy": files.finite,
-            "macro_f1": files.finite,
-            "seconds": files.finite,
-        }
-        rows = files.read_csv(run.folder / "few_labels.csv", kinds)
+        rows = scores.read_rows(run.folder / "few_labels.csv")
         missing = set(tasks) - {scores.task_of(row) for row in rows}
         print(
             f"{len(missing):,} of {len(tasks):,} trainings are to do, "
             f"{scores.estimate_time([*missing], rows, config.workers)}"
         )
-        prepare(run.folder, missing, starts, config)
+        prepare(run.folder, missing, starts, config, data)
         rows = train_missing(config, run.folder, tasks, rows)
         shutil.rmtree(run.folder / "features", ignore_errors=True)  # they are gigabytes
         title = f"{len(data.test):,} {what} of {data.name}, {config.draws} draws"
+        (run.folder / "summary.json").unlink(missing_ok=True)  # of what was compared before
         summary = run.summarize(write_results(run.folder, rows, starts, title, config))
         report.write_report(run.folder, Config)
         runs.print_folder(run.folder)

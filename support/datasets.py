@@ -147,6 +147,25 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
     return split.select(rest), split.select(held_out)
 
 
+def draw_labels(labels: Tensor, count: int, seed: Any, draws: str = "balanced") -> Tensor:
+    """Positions `(count,)` of labelled images, nested for the same seed.
+
+    Balanced, the first K are one image of each of the K classes, the next K another one, and so on;
+    a class that has no more images is passed over. Random, all images are alike.
+    """
+    generator = np.random.default_rng(seed)
+    values = labels.cpu().numpy()
+    if draws == "random":
+        return torch.from_numpy(generator.permutation(len(values))[:count])
+    classes = generator.permutation(np.unique(values))
+    turns = [
+        (rank, place, image)
+        for place, label in enumerate(classes)
+        for rank, image in enumerate(generator.permutation(np.flatnonzero(values == label)))
+    ]
+    return torch.tensor([int(image) for _, _, image in sorted(turns)[:count]])
+
+
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 

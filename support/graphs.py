@@ -6,7 +6,7 @@ N training images, M test images, D features, k neighbours of each, n labelled i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support import files, neighbours
+from support.errors import require
 
 DIMENSIONS = 192  # of the space in which neighbours are looked for
 
@@ -48,7 +49,7 @@ def whiten(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random projection that the decomposition begins with
         _, values, axes = torch.pca_lowrank(train, size, center=False)
-    axes = axes / values.clamp(min=values[0] / 20)
+    axes = axes / values.clamp(min=max(values[0].item() / 20, 1e-12))  # features may all be alike
     return F.normalize(train @ axes, dim=1), F.normalize(test @ axes, dim=1)
 
 
@@ -71,6 +72,53 @@ def find_neighbourhood(
         arrays["test_near"], arrays["test_where"] = neighbours.find_nearest(queries, bank, k)
     arrays["near"], arrays["where"] = neighbours.find_nearest(bank, bank, k)
     return arrays
+
+
+def prepare(
+    folder: Path,
+    needs: Collection[tuple[str, str]],
+    parts: dict[str, tuple[str, ...]],
+    extract: Callable[[str], dict[str, Tensor]],
+    k: int,
+    transductive: bool,
+) -> None:
+    """Write features, and neighbours by them, where they are not there yet.
+
+    Args:
+        folder: where they go.
+        needs: pairs of a name and `features`, or how its images are neighbours: by their features
+            `alone`, or `with pixels` beside them.
+        parts: whose features stand side by side under a name.
+        extract: the standardised features of a name, `train` `(N, D)` and `test` `(M, D)`.
+        k: neighbours of each image.
+        transductive: the test images have and are neighbours, too.
+    """
+    used = {need: [*parts[need[0]], *["pixels"] * (need[1] == "with pixels")] for need in needs}
+    for name in sorted({name for names in used.values() for name in names}):
+        if not (path := place(folder, name, "features")).exists():
+            write_arrays(path, extract(name))
+    for (name, kind), names in sorted(used.items()):
+        path = place(folder, name, kind)
+        if kind != "features" and not path.exists():
+            read = [read_arrays(place(folder, each, "features")) for each in names]
+            pairs = [(torch.from_numpy(r["train"]), torch.from_numpy(r["test"])) for r in read]
+            write_arrays(path, find_neighbourhood(pairs, k, transductive))
+
+
+def place(folder: Path, name: str, kind: str) -> Path:
+    """Where `prepare` writes what has that name and kind."""
+    return folder / "features" / f"{name.replace('/', '-')}-{kind}"
+
+
+def read_features(folder: Path, names: Sequence[str], chosen: Tensor) -> dict[str, Tensor]:
+    """Features of several names side by side: of the images `chosen` `(n,)`, and the test images.
+
+    Returns:
+        `known` `(n, D)`, `test` `(M, D)`.
+    """
+    read = [read_arrays(place(folder, name, "features")) for name in names]
+    known = torch.cat([torch.from_numpy(each["train"][chosen]) for each in read], 1)
+    return {"known": known, "test": torch.cat([torch.from_numpy(each["test"]) for each in read], 1)}
 
 
 def write_arrays(folder: Path, arrays: dict[str, Tensor]) -> None:
@@ -135,6 +183,9 @@ def spread(graph: Any, chosen: np.ndarray, marks: np.ndarray, alpha: float) -> n
         chosen: `(n,)`, the positions of the labelled images.
         marks: `(n, K)`, their rows of Y, 1 for the class.
         alpha: in (0, 1), the share that an image takes from its neighbours.
+
+    Raises:
+        UserError: alpha is so near 1 that the equations cannot be solved.
     """
     from scipy.sparse.linalg import LinearOperator, cg
 
@@ -144,7 +195,8 @@ def spread(graph: Any, chosen: np.ndarray, marks: np.ndarray, alpha: float) -> n
     system = LinearOperator(
         (y.size, y.size), lambda f: f - alpha * (graph @ f.reshape(y.shape)).ravel(), dtype=float
     )
-    solution, _ = cg(system, y.ravel(), rtol=1e-6)
+    solution, failed = cg(system, y.ravel(), rtol=1e-6, maxiter=1000)
+    require(not failed, "label spreading does not converge: try a lower --alpha")
     scores = np.maximum(solution.reshape(y.shape), 0)
     return scores * marks.sum(0) / np.maximum(scores.sum(0), 1e-12)
 

@@ -6,13 +6,13 @@ A row is a training: the fields of its `Task`, `accuracy` and `macro_f1` in [0, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from support import figures, progress
+from support import figures, files, progress
 
 Rows = Sequence[dict[str, Any]]
 
@@ -68,28 +68,38 @@ def summarize(rows: Rows, start_seconds: dict[str, float]) -> list[dict[str, Any
     return scores
 
 
-def find_differences(rows: Rows, scores: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]:
+def find_differences(rows: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]:
     """What each name has over the best of its rivals for so many labels, in accuracy.
 
-    The best is the one with the largest mean. Differences are paired: both on the same draws, each
-    the mean over the runs of a name. `low` and `high` are the 95 % interval of Student over the
-    draws; it speaks of these encoders, and what other pretraining seeds would bring is in the sd.
+    The best has the largest mean over the draws that all rivals were trained on. Differences are
+    paired: both on the same draws, each the mean over the runs of a name. What has no randomness of
+    its own is trained once on all labels, and stands beside every draw there. `low` and `high` are
+    the 95 % interval of Student over the draws; it speaks of these encoders, and what other
+    pretraining seeds would bring is in the sd.
     """
     from scipy import stats
 
-    by_draw: dict[tuple[str, int], dict[int, list[float]]] = {}
+    cells: dict[tuple[str, int], dict[int, list[float]]] = {}
     for row in rows:
-        draws = by_draw.setdefault((row["name"], row["labels"]), {})
+        draws = cells.setdefault((row["name"], row["labels"]), {})
         draws.setdefault(row["draw"], []).append(row["accuracy"])
+
+    def mean(name: str, draw: int) -> float:
+        draws = cells[name, count]
+        return float(np.mean(draws[draw] if len(draws) > 1 else [*draws.values()]))
+
+    def common(*names: str) -> list[int]:
+        drawn = [set(cells[name, count]) for name in names]
+        return sorted(set.intersection(*[draws for draws in drawn if len(draws) > 1] or drawn))
+
     found = []
-    for (name, count), mine in by_draw.items():
-        others = [s for s in scores if s["name"] in rivals and s["labels"] == count]
+    for name, count in cells:
+        others = [rival for rival in sorted(rivals) if (rival, count) in cells]
         if name in rivals or not others:
             continue
-        best = max(others, key=lambda score: score["accuracy"])["name"]
-        theirs = by_draw[best, count]
-        both = sorted(mine.keys() & theirs.keys())
-        gaps = [float(np.mean(mine[draw]) - np.mean(theirs[draw])) for draw in both]
+        shared = common(*others)
+        best = max(others, key=lambda rival: np.mean([mean(rival, draw) for draw in shared]))
+        gaps = [mean(name, draw) - mean(best, draw) for draw in common(name, best)]
         row = {"name": name, "labels": count, "opponent": best, "draws": len(gaps)}
         row |= {"difference": float(np.mean(gaps)), "low": None, "high": None}
         if len(gaps) > 1:
@@ -97,6 +107,15 @@ def find_differences(rows: Rows, scores: Rows, rivals: frozenset[str]) -> list[d
             row |= {"low": row["difference"] - half, "high": row["difference"] + half}
         found.append(row)
     return found
+
+
+COLUMNS: dict[str, Callable[[str], Any]] = {"method": str, "start": str, "labels": int, "draw": int}
+COLUMNS |= dict.fromkeys(("accuracy", "macro_f1", "seconds"), files.finite)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of `few_labels.csv`; none where there is no such file."""
+    return files.read_csv(path, COLUMNS)
 
 
 def make_tables(scores: Rows, differences: Rows) -> str:

@@ -17,7 +17,7 @@ import classifiers
 import few_labels
 import functions
 import simsiam
-from support import files, graphs, neighbours, pool, scores, settings
+from support import datasets, files, graphs, neighbours, pool, scores, settings
 from support.errors import UserError
 
 
@@ -34,12 +34,12 @@ def labels_of(*counts):
 def test_balanced_draws_are_nested_and_without_repeats(count):
     labels = labels_of(20, 20, 20)
     for seed in range(5):
-        chosen = few_labels.draw_labels(labels, count, seed)
+        chosen = datasets.draw_labels(labels, count, seed)
         counts = labels[chosen].bincount(minlength=3)
         assert len(chosen.unique()) == len(chosen) == count
         assert counts.max() - counts.min() <= 1
         for more in range(count, 61, 9):
-            assert torch.equal(few_labels.draw_labels(labels, more, seed)[:count], chosen)
+            assert torch.equal(datasets.draw_labels(labels, more, seed)[:count], chosen)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_balanced_draws_are_nested_and_without_repeats(count):
 )
 def test_small_classes_give_all_they_have(sizes, count, expected):
     labels = labels_of(*sizes)
-    chosen = few_labels.draw_labels(labels, count, 3)
+    chosen = datasets.draw_labels(labels, count, 3)
     assert len(chosen.unique()) == count
     assert labels[chosen].bincount(minlength=3).tolist() == expected
 
@@ -56,18 +56,18 @@ def test_small_classes_give_all_they_have(sizes, count, expected):
 @pytest.mark.parametrize("draws", ["balanced", "random"])
 def test_each_image_of_equal_classes_is_drawn_as_often_as_any_other(draws):
     labels = labels_of(6, 6, 6)
-    drawn = [few_labels.draw_labels(labels, 5, (0, seed), draws) for seed in range(600)]
-    assert torch.equal(drawn[0], few_labels.draw_labels(labels, 5, (0, 0), draws))
+    drawn = [datasets.draw_labels(labels, 5, (0, seed), draws) for seed in range(600)]
+    assert torch.equal(drawn[0], datasets.draw_labels(labels, 5, (0, 0), draws))
     counts = torch.cat(drawn).bincount(minlength=18)  # 600 * 5 / 18 = 167, sd below 12.3
     assert (counts - 600 * 5 / 18).abs().max() < 4 * 12.3
 
 
 def test_random_draws_are_nested_and_as_unbalanced_as_the_data():
     labels = labels_of(10, 90)
-    small = [few_labels.draw_labels(labels, 20, seed, "random") for seed in range(300)]
+    small = [datasets.draw_labels(labels, 20, seed, "random") for seed in range(300)]
     for seed, chosen in enumerate(small[:5]):
         assert len(chosen.unique()) == 20
-        assert torch.equal(few_labels.draw_labels(labels, 50, seed, "random")[:20], chosen)
+        assert torch.equal(datasets.draw_labels(labels, 50, seed, "random")[:20], chosen)
     rare = torch.tensor([(labels[chosen] == 0).sum() for chosen in small]).float()
     assert abs(rare.mean() - 2) < 0.3  # sd of the mean: 0.07
     assert rare.std() > 0.8
@@ -105,6 +105,13 @@ def test_spreading_is_the_closed_form_of_the_paper():
     f *= np.array([1, 2, 1]) / f.sum(0)  # as much for each class as its labels are
     found = graphs.spread(graph, chosen, np.eye(3)[classes], 0.9)
     np.testing.assert_allclose(found, f, rtol=1e-4, atol=1e-6)
+
+
+def test_features_that_are_all_alike_end_soon():
+    dead = (torch.zeros(30, 4), torch.zeros(5, 4))
+    found = {k: v.numpy() for k, v in graphs.find_neighbourhood([dead], 3, False).items()}
+    graph = graphs.normalized_graph(found["near"], found["where"])
+    assert np.isfinite(graphs.spread(graph, np.array([0, 1]), np.eye(2), 0.99)).all()
 
 
 def test_spreading_agrees_with_scikit_learn():
@@ -223,7 +230,8 @@ def test_the_strong_view_differs_more_than_the_weak_one():
     assert weak.dtype == torch.uint8
     moved = {tuple(image.flatten().tolist()) for image in images[:, :, 1:, 1:]}
     assert sum(tuple(i.flatten().tolist()) in moved for i in weak[:, :, :-1, :-1]) > 0
-    strong = classifiers.augment_strongly(images, config, draw)
+    host = torch.Generator().manual_seed(1)
+    strong = classifiers.augment_strongly(images, config, draw, host)
     assert strong.shape == images.shape
     assert 0 <= strong.min() <= strong.max() <= 1
     assert ((strong == 0.5).flatten(1).sum(1) >= 4).all()  # Cutout's grey square, cut at the border
@@ -370,8 +378,7 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
     starts, data = few_labels.read_starts(config.runs), few_labels.load_data(config)
     tasks = [t for t in few_labels.list_tasks(config, starts, len(data.train)) if t.draw == 0]
     assert {task.method for task in tasks} == set(classifiers.METHODS)
-    few_labels.prepare(tmp_path, tasks, starts, config)
-    chosen = few_labels.draw_labels(data.train.labels, 20, (0, 0))
+    chosen = datasets.draw_labels(data.train.labels, 20, (0, 0))
     hidden = (data.train.labels + 1) % 10
     hidden[chosen] = data.train.labels[chosen]
     changed = dataclasses.replace(
@@ -382,8 +389,10 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
     found = []
     for version in (data, changed):
         monkeypatch.setattr(few_labels, "load_data", lambda _, version=version: version)
-        monkeypatch.setattr(few_labels, "draw_labels", lambda *_: chosen)
-        trainer, predictions = few_labels.Trainer(config, tmp_path), []
+        monkeypatch.setattr(datasets, "draw_labels", lambda *_: chosen)
+        folder = tmp_path / str(len(found))
+        few_labels.prepare(folder, tasks, starts, config, version)
+        trainer, predictions = few_labels.Trainer(config, folder), []
         monkeypatch.setattr(
             functions, "accuracy", lambda p, _, kept=predictions: kept.append(p.tolist()) or 0.0
         )
@@ -414,15 +423,15 @@ def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, us
         for row in read(tmp_path / "few_labels" / "run")
         if row["draw"] == "0"
     }
-    assert {start for _, start in rows} == {"pixels", "simsiam/a", "simsiam/b", "together"}
+    assert {start for _, start in rows} == {"pixels", "simsiam/a", "simsiam/b", "all 2 runs"}
     starts, data = few_labels.read_starts(runs), few_labels.load_data(config)
     names = ("simsiam/a", "simsiam/b", "pixels")
     parts = [few_labels.extract(starts[name], data, config) for name in names]
-    chosen = few_labels.draw_labels(data.train.labels, 20, (config.seed, 0))
+    chosen = datasets.draw_labels(data.train.labels, 20, (config.seed, 0))
     labels = data.train.labels[chosen]
     train, test = (torch.cat([part[k] for part in parts[:2]], 1) for k in ("train", "test"))
     predictions = functions.logistic_regression(train[chosen], labels, test)
-    assert rows["linear", "together"] == functions.accuracy(predictions, data.test.labels)
+    assert rows["linear", "all 2 runs"] == functions.accuracy(predictions, data.test.labels)
     pairs = [(part["train"], part["test"]) for part in parts]
     found = graphs.find_neighbourhood(pairs, config.neighbours, False)
     found = {name: values.numpy() for name, values in found.items()}
@@ -431,13 +440,28 @@ def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, us
     spread = graphs.spread(near, chosen.numpy(), marks, config.alpha)
     spread = graphs.average_neighbours(spread, found["test_near"], found["test_where"])
     predictions = torch.from_numpy(spread.argmax(1))
-    assert rows["fused", "together"] == functions.accuracy(predictions, data.test.labels)
+    assert rows["fused", "all 2 runs"] == functions.accuracy(predictions, data.test.labels)
     for row in read(tmp_path / "few_labels" / "run", "scores"):
         if "all 2 runs" in row["name"]:
             both = sum(
                 files.read_json(Path(run) / "summary.json")["pretrain_seconds"] for run in runs
             )
             assert float(row["minutes"]) >= both / 60
+
+
+def test_a_resumed_comparison_keeps_its_runs_and_takes_more(pretrained, tmp_path, user_error):
+    a, b, c = pretrained.values()
+    config = make_config(tmp_path, runs=(a, b), dataset="digits", methods="linear", together=True)
+    few_labels.main(config)
+    folder = tmp_path / "few_labels" / "run"
+    for runs in ((b, a), (c, a, b), (a,), ()):
+        other = dataclasses.replace(config, runs=runs, resume=str(folder), together=False)
+        with user_error(f"compares {a} {b}: name them first"):
+            few_labels.main(dataclasses.replace(other, methods="linear,mlp"))
+    few_labels.main(dataclasses.replace(config, runs=(a, b, c), resume=str(folder)))
+    starts = [row["start"] for row in read(folder)]
+    assert (starts.count("all 2 runs"), starts.count("all 3 runs")) == (3, 3)
+    assert "all 2 runs" not in (folder / "summary.json").read_text()
 
 
 def test_without_runs_there_are_the_methods_without_pretraining(tmp_path):
@@ -468,13 +492,35 @@ def test_differences_are_paired_with_students_interval():
     mine, theirs, weak = [0.7, 0.8, 0.65, 0.9], [0.6, 0.75, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4]
     rows = make_rows({"mine": mine, "theirs": theirs, "weak": weak})
     means = scores.summarize(rows, {"mine": 30.0})
-    (found,) = scores.find_differences(rows, means, frozenset({"theirs", "weak"}))
+    (found,) = scores.find_differences(rows, frozenset({"theirs", "weak"}))
     expected = stats.ttest_rel(mine, theirs).confidence_interval(0.95)
     assert (found["name"], found["opponent"], found["draws"]) == ("mine", "theirs", 4)
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
     assert found["difference"] == pytest.approx(np.mean(mine) - np.mean(theirs))
     assert [mean["minutes"] for mean in means] == [1.5, 1.0, 1.0]
     assert "| mine" in scores.make_tables(means, [found])
+
+
+def test_the_best_rival_is_the_best_of_the_draws_that_all_rivals_share():
+    quick, slow = [0.7] * 5 + [0.5] * 15, [0.6] * 5  # by all of its draws "quick" is worse
+    rows = make_rows({"mine": [0.72] * 5 + [0.6] * 15, "quick": quick, "slow": slow})
+    (found,) = scores.find_differences(rows, frozenset({"quick", "slow"}))
+    assert (found["opponent"], found["draws"]) == ("quick", 20)
+    assert found["difference"] == pytest.approx((5 * 0.02 + 15 * 0.1) / 20)
+
+
+def test_what_is_trained_once_stands_beside_every_draw():
+    mine = [0.8, 0.81, 0.82, 0.83, 0.84]
+    (found,) = scores.find_differences(
+        make_rows({"mine": mine, "exact": [0.8]}), frozenset({"exact"})
+    )
+    expected = stats.ttest_1samp(mine, 0.8).confidence_interval(0.95)
+    assert found["difference"] == pytest.approx(0.02)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(e - 0.8 for e in expected))
+    (found,) = scores.find_differences(
+        make_rows({"a": [0.9], "exact": [0.8]}), frozenset({"exact"})
+    )
+    assert (found["draws"], found["low"]) == (1, None)
 
 
 def test_the_time_left_is_known_when_every_kind_has_been_done():
