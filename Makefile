@@ -6,6 +6,7 @@ INSTALLED = .venv/installed$(if $(LOCKED),-locked)
 
 .PHONY: help install demo cpu-hour test test-faults bench lint format lock release clean
 help:
+	@echo "make install  make .venv and install, no more"
 	@echo "make demo    pretrain on the embedded digits, probe, draw (about a minute)"
 	@echo "make cpu-hour  SimCLR on CIFAR-10, an hour on two cores; DATASET=path for a folder"
 	@echo "make test    lint and tests"

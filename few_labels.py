@@ -151,9 +151,10 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
         read[name] = dataclasses.replace(run, name=name, settings=known)
         starts[name] = Start("", ("features", "encoder"), folder=Path(folder))
     for members in compare.group([*read.values()]):
+        group = members[0].name + (f" ({len(members)} seeds)" if len(members) > 1 else "")
         for run in members:
             seconds = float(run.summary.get("pretrain_seconds", 0))
-            old, group = starts[run.name], members[0].name
+            old = starts[run.name]
             starts[run.name] = dataclasses.replace(old, group=group, seconds=seconds)
     require(not together or len(read) > 1, "--together needs two runs or more")
     if together:

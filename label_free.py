@@ -46,19 +46,15 @@ def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any)
     return functions.linear_probe(train, labels, held_out, held_out_labels, epochs=20).accuracy
 
 
-def lidar(
-    encoder: nn.Module,
-    train: datasets.Split,
-    config: pretraining.PretrainingConfig,
-    fabric: Any,
-    copies: int = 10,
-) -> float:
+def lidar(encoder: nn.Module, train: datasets.Split, fabric: Any, copies: int = 10) -> float:
     """LiDAR: effective rank of what separates images from each other among their views.
 
     Each of a thousand images is a class, its views are the class's samples; of the features'
     scatter between images, whitened by that within, the entropy of the eigenvalues is taken
-    (Thilak et al. 2023, https://arxiv.org/abs/2312.04000, section 4; theirs are fifty views).
+    (Thilak et al. 2023, https://arxiv.org/abs/2312.04000, section 4). The views are simclr.py's by
+    default, for all encoders: those of each training would be scored themselves.
     """
+    config = pretraining.PretrainingConfig()
     images = train.images[functions.shuffled(len(train))[:1000].to(train.images.device)]
     generator = devices.epoch_generator(0, 0, images.device)
     views = [pretraining.crop_views(images, config, generator) for _ in range(copies)]
@@ -67,8 +63,8 @@ def lidar(
             functions.extract_features(encoder, dataclasses.replace(train, images=each), fabric)
             for each in views
         ]
-    ).double()  # (V, N, D)
-    return discriminant_rank(features.cpu())
+    )  # (V, N, D)
+    return discriminant_rank(features.cpu().double())
 
 
 def discriminant_rank(features: Tensor) -> float:
@@ -98,20 +94,18 @@ def alpha_req(features: Tensor) -> float:
     return -((ranks * values).sum() / ranks.square().sum()).item()
 
 
-def measure(
-    encoder: nn.Module, data: datasets.ImageData, config: pretraining.PretrainingConfig, fabric: Any
-) -> dict[str, float]:
+def measure(encoder: nn.Module, data: datasets.ImageData, fabric: Any) -> dict[str, float]:
     """All scores of a frozen encoder, the larger the better, and the audit where there are labels.
 
-    The training images are those of `data.train`, scored on its test images, which must be held
-    out of the training images.
+    RankMe is of the encoder's features, not of the head's. The training images are those of
+    `data.train`, scored on its test images, which must be held out of the training images.
     """
     bank, queries = (
         functions.extract_features(encoder, split, fabric) for split in (data.train, data.test)
     )
     scores = {
         "rotation": rotation_accuracy(encoder, data, fabric),
-        "lidar": lidar(encoder, data.train, config, fabric),
+        "lidar": lidar(encoder, data.train, fabric),
         "rankme": functions.rank_me(bank),
         "alphareq": -abs(alpha_req(bank) - 1),
     }

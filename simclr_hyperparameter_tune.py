@@ -83,10 +83,19 @@ class Config(sweep.SweepConfig, trials=60, max_epochs=18):
     width: int = setting(64, "model", "as in simclr.py")
     view_size: str | None = setting(None, "model", "as in simclr.py")
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        require(self.max_epochs >= 2, "--max-epochs must be at least 2: one epoch of four views")
+
     @property
     def rungs(self) -> list[int]:
-        """Epochs of the trials, ascending; each rung is three times as long as the one before."""
-        return sorted({max(1, self.max_epochs // KEPT**power) for power in range(3)})
+        """Epochs of the trials, ascending; each rung is three times as long as the one before.
+
+        They are even, as of four views half as many are trained, and at most three.
+        """
+        first = 2 * max(1, self.max_epochs // (2 * KEPT**2))
+        return [n for power in range(3) if (n := first * KEPT**power) <= self.max_epochs]
 
     @property
     def seeds(self) -> list[int]:
@@ -121,7 +130,7 @@ def trained_config(config: Config, parameters: dict[str, Any]) -> simclr.Config:
         | parameters
         | {
             "jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
-            "epochs": max(1, 2 * parameters["epochs"] // parameters["views"]),
+            "epochs": 2 * parameters["epochs"] // parameters["views"],
             "knn_every": 0,
         }
     )
@@ -132,7 +141,8 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
 
     First the rungs: a trial among the best third of its rung is trained again on the next one, and
     if there is none, new settings are tried on the first. In the second half of the time, or when
-    there are nine trials left, the best three are trained on the last rung with three seeds.
+    no more trials are left than that takes, the best three are trained on the last rung with three
+    seeds; of a search of fewer than eighteen trials fewer than three, so that half remain.
     """
     trials = [
         trial for trial in search.trials() if trial.state.name != "FAIL" or sweep.is_finished(trial)
@@ -143,12 +153,16 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
         wanted = {**parameters, **changes}
         return {} if wanted in known else wanted
 
-    left = config.trials - search.count_finished()
-    if left <= KEPT**2 or search.time_spent() > 0.5:
-        for best in best_settings(trials, config)[:KEPT]:
-            for seed in config.seeds:
-                if wanted := missing(best, epochs=config.rungs[-1], seed=seed):
-                    return wanted
+    best = best_settings(trials, config)[: min(KEPT, config.trials // (2 * KEPT))]
+    confirmation = [
+        wanted
+        for setting in best
+        for seed in config.seeds
+        if (wanted := missing(setting, epochs=config.rungs[-1], seed=seed))
+    ]
+    begun = sum(trial.state.name == "RUNNING" or sweep.is_finished(trial) for trial in trials)
+    if confirmation and (config.trials - begun <= len(confirmation) or search.time_spent() > 0.5):
+        return confirmation[0]
     for rung, longer in reversed(list(zip(config.rungs, config.rungs[1:], strict=False))):
         ranked = on_rung(trials, rung, config.seed)
         done = sum(
@@ -180,13 +194,16 @@ def on_rung(trials: Trials, epochs: int, seed: int) -> Trials:
 def best_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
     """The parameters of complete trials of the search, best first, each setting once.
 
-    One that came to a longer rung is better than those that did not.
+    One that came to a longer rung is better than those that did not; one that failed on any rung
+    or with any seed is left out.
     """
+    same = {"epochs": config.rungs[0], "seed": config.seed}
+    failed = [{**parameters_of(t), **same} for t in trials if t.state.name == "FAIL"]
     found: list[dict[str, Any]] = []
     for rung in reversed(config.rungs):
         for trial in on_rung(trials, rung, config.seed):
-            first = {**trial.params, "epochs": config.rungs[0]}
-            if first not in found:
+            first = {**trial.params, **same}
+            if first not in (*found, *failed):
                 found.append(first)
     return found
 
@@ -239,7 +256,7 @@ class Objective:
             contextlib.redirect_stderr(silence),
         ):
             simclr.pretrain(model, self.data, config, runs.Run(Path(folder)), self.fabric)
-        scores = label_free.measure(model.encoder, self.scored, config, self.fabric)
+        scores = label_free.measure(model.encoder, self.scored, self.fabric)
         for name, value in scores.items():
             trial.set_user_attr(name, value)
         return scores[self.config.objective]
@@ -253,7 +270,9 @@ def main(config: Config) -> dict[str, Any]:
     """
     runs.require_package("optuna", "optuna", "a sweep")
     data = load_splits(config)  # A mistake shows before there is a run folder.
-    simclr.Config(encoder=config.encoder, width=config.width, view_size=config.view_size)
+    lowest = {name: values[0] for name, values in SPACE.items()}
+    lowest |= {"views": max(SPACE["views"]), "epochs": config.rungs[0], "seed": 0}
+    trained_config(config, lowest)
     print(data)
     if config.objective == "rotation":
         print(
@@ -288,11 +307,7 @@ def write_results(
     """
     trials = study.get_trials()
     folder, columns = run.folder, [*SPACE, "seed"]
-    attributes = [
-        name
-        for name in (*label_free.SCORES, *label_free.AUDIT)
-        if name in label_free.AUDIT or name != config.objective
-    ]
+    attributes = [n for n in (*label_free.SCORES, *label_free.AUDIT) if n != config.objective]
     rows = sweep.trial_rows(trials, config.objective, ["epochs", *columns], attributes)
     files.write_csv(folder / "trials.csv", rows)
     for row in rows:
@@ -350,7 +365,8 @@ def ranked_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
 
 def training_flags(best: dict[str, Any], config: Config) -> list[str]:
     """The words that train simclr.py with the best settings, for its default number of epochs."""
-    parameters = {name: best[name] for name in SPACE} | {"epochs": 1, "seed": config.seed}
+    parameters = {name: best[name] for name in SPACE} | {"seed": config.seed}
+    parameters["epochs"] = simclr.Config.epochs
     for name, value in parameters.items():
         if isinstance(value, float):
             parameters[name] = float(f"{value:.3g}")

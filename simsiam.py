@@ -57,7 +57,7 @@ class Config(
     )
 
     augmentation: Literal["randaugment", "crop"] = setting(
-        "randaugment", "views", "crop: the paper's views, with the settings below"
+        "randaugment", "views", "crop: the paper's views, with the other settings here"
     )
     num_ops: int = setting(5, "views", "operations of RandAugment on each view")
     magnitude: int = setting(9, "views", "their strength, 0 to 30")

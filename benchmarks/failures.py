@@ -7,6 +7,7 @@ first tenth of the epochs is trained, and does good runs to their end. A row of 
 `docs/results/verdicts/verdicts.csv`; a second call does only what is not in it yet.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -255,6 +256,7 @@ def run(
 
 def main() -> None:
     """Do the runs that the table lacks, and count."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     table = files.read_csv(PATH, dict.fromkeys((*COLUMNS, "seconds", "hardware"), str))
     done = {tuple(row[name] for name in COLUMNS[:4]) for row in table}
     good: list[Any] = [("", script, settings, None, None) for script, settings in GOOD]

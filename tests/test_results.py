@@ -97,7 +97,7 @@ def test_the_hour_is_what_was_measured():
     assert {row["`--epochs`"] for row in rows} == set(by_epochs)
     for row in rows:
         seeds, *scores, _, minutes = shown(by_epochs[row["`--epochs`"]])
-        columns = ("linear probe", "kNN", "10 labels per class")
+        columns = ("linear probe °", "kNN", "10 labels per class")
         assert [row[name] for name in columns] == [f"{score} %" for score in scores]
         assert row["seeds"] == seeds
         assert row["minutes"] == minutes.split()[0]

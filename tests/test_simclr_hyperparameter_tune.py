@@ -48,7 +48,7 @@ def test_four_views_are_trained_half_as_many_epochs(tmp_path):
     config = make_config(tmp_path)
     epochs = [
         tune.trained_config(config, {**FIRST, "views": views, "epochs": epochs, "seed": 3}).epochs
-        for views, epochs in [(2, 6), (4, 6), (4, 1)]
+        for views, epochs in [(2, 6), (4, 6), (4, 2)]
     ]
     assert epochs == [6, 3, 1]
 
@@ -225,7 +225,7 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
 def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [256], "views": [2]})
     monkeypatch.setattr(tune, "BANK", 200)
-    config = make_config(tmp_path, trials=6, max_epochs=1, seed=4)
+    config = make_config(tmp_path, trials=6, max_epochs=2, seed=4)
     best = tune.main(config)
     folder = tmp_path / "simclr_hyperparameter_tune" / "run"
     assert best == json.loads((folder / "best.json").read_text())
@@ -244,8 +244,7 @@ def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
     assert (chosen.batch_size, chosen.encoder, chosen.epochs, chosen.seed) == (256, "small", 100, 4)
 
 
-def test_images_without_labels_are_scored_and_not_audited(tmp_path):
-    config = make_config(tmp_path)
+def test_images_without_labels_are_scored_and_not_audited():
     data = functions.load_images("digits")
     bare = dataclasses.replace(
         data,
@@ -253,9 +252,7 @@ def test_images_without_labels_are_scored_and_not_audited(tmp_path):
         train=dataclasses.replace(data.train.select(torch.arange(300)), labels=None),
         test=dataclasses.replace(data.test.select(torch.arange(100)), labels=None),
     ).measured()
-    scores = label_free.measure(
-        Pixels(), bare, tune.trained_config(config, {**FIRST, "views": 2}), None
-    )
+    scores = label_free.measure(Pixels(), bare, None)
     assert set(scores) == set(label_free.SCORES)
 
 
