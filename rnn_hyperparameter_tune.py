@@ -326,11 +326,9 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         chosen = line.format(**trial.params)
         print(f"{rank:4} {trial.number:5} {trial.value:7.4f} {chosen}")
     print("Train the winner with:")
-    words = ["--dataset", config.dataset]
-    for name in ("image_size", "data_dir", "download_url", "device", "precision", "seed"):
-        if (value := getattr(config, name)) != getattr(Config, name):
-            words += [settings.flag(name), str(value)]
-    print("  python rnn.py", shlex.join(words), "\\")
+    names = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume", "name"}
+    same = rnn.Config(**{name: getattr(config, name) for name in names})
+    print("  python rnn.py", shlex.join(settings.changed_words(same)), "\\")
     print("    --config", shlex.quote(str(folder / "best.json")))
     return best
 

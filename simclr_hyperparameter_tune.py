@@ -318,8 +318,11 @@ def write_results(
         require(not failed, f"all {len(failed)} trials failed: see trials.csv")
         return {}
     title = f"SimCLR sweep on {Path(config.dataset).name}"
+    # Longer trainings and other seeds of some settings would be compared with what they are not.
+    first = on_rung(trials, config.rungs[0], config.seed)
+    winner = next(t for t in first if all(t.params[name] == ranked[0][name] for name in SPACE))
     sweep_figures.plot_sweep(
-        study, folder, title, config.objective, list(SPACE), ranked[0]["trial"]
+        study, folder, title, config.objective, list(SPACE), winner.number, first
     )
     if data.classes:
         audit = audit_rows(trials, config)
@@ -370,23 +373,24 @@ def training_flags(best: dict[str, Any], config: Config) -> list[str]:
     for name, value in parameters.items():
         if isinstance(value, float):
             parameters[name] = float(f"{value:.3g}")
-    chosen = dataclasses.asdict(trained_config(config, parameters))
-    chosen["jitter"] = tuple(round(value, 3) for value in chosen["jitter"])
-    chosen |= {"epochs": simclr.Config.epochs, "knn_every": simclr.Config.knn_every}
-    if config.data_dir != Config.data_dir:
-        return ["--data-dir", config.data_dir, *_words(chosen)]
-    return _words(chosen)
-
-
-def _words(chosen: dict[str, Any]) -> list[str]:
-    return [w for words in settings.changed_flags(chosen, simclr.Config).values() for w in words]
+    chosen = trained_config(config, parameters)
+    jitter: Any = tuple(round(value, 3) for value in chosen.jitter)
+    default = simclr.Config
+    return settings.changed_words(
+        dataclasses.replace(
+            chosen, jitter=jitter, epochs=default.epochs, knn_every=default.knn_every
+        )
+    )
 
 
 def audit_rows(trials: Trials, config: Config) -> list[dict[str, Any]]:
     """How well each score ranks the trials of a rung, beside the labels.
 
     Spearman's rank correlation with the audit and its 95 % interval (Bonett & Wright 2000), and how
-    far the linear probe of the score's winner stays behind the best one.
+    far the linear probe of the score's winner stays behind the best one; of several winners the
+    mean counts. A score that is the same for all trials has no row. Longer rungs hold what the
+    objective has chosen, which lowers its own correlation there; and the sampler follows it, so
+    that trials are not independent, and the interval is too narrow.
     """
     from scipy.stats import spearmanr
 
@@ -398,13 +402,17 @@ def audit_rows(trials: Trials, config: Config) -> list[dict[str, Any]]:
         best = max(each["linear"] for each in chosen)
         for score in label_free.SCORES:
             row = {"epochs": epochs, "trials": len(chosen), "score": score}
+            top = max(each[score] for each in chosen)
+            winners = [each["linear"] for each in chosen if each[score] == top]
+            if len(winners) == len(chosen):
+                continue
             for audit in label_free.AUDIT:
                 pairs = [[each[score], each[audit]] for each in chosen]
                 r = float(spearmanr(pairs).statistic)
                 width = 1.96 * math.sqrt((1 + r**2 / 2) / (len(chosen) - 3))
                 low, high = (math.tanh(math.atanh(r * 0.999999) + s * width) for s in (-1, 1))
                 row |= {audit: r, f"{audit}_low": low, f"{audit}_high": high}
-            winner = max((each[score], each["linear"]) for each in chosen)[1]
+            winner = statistics.fmean(winners)
             rows.append(row | {"winner": winner, "behind": best - winner})
     return rows
 

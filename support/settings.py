@@ -321,6 +321,15 @@ def changed_flags(record: dict[str, Any], config_class: Any) -> dict[str, list[s
     return made
 
 
+def changed_words(config: RunConfig) -> list[str]:
+    """The words that give these settings to their script, where not the default."""
+    flags = changed_flags(dataclasses.asdict(config), type(config))
+    words = [word for each in flags.values() for word in each]
+    if config.data_dir != type(config).data_dir:
+        words = ["--data-dir", config.data_dir, *words]
+    return words
+
+
 def value_before(field: dataclasses.Field) -> Any:
     """The value of a setting that means what the scripts did before they had it."""
     return field.metadata.get("before", field.default)

@@ -26,6 +26,7 @@ def plot_sweep(
     value_name: str,
     parameters: Sequence[str],
     winner: int,
+    compared: Sequence[Any] | None = None,
 ) -> None:
     """The pictures of a sweep: history, settings, timeline, what mattered, and trials by epoch.
 
@@ -38,12 +39,14 @@ def plot_sweep(
         value_name: what the objective is.
         parameters: those that are searched.
         winner: number of the best trial.
+        compared: the trials that can be compared, where not all can; the timeline has all.
     """
-    from optuna.importance import get_param_importances
+    import optuna
 
     ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    compared = sorted(ended if compared is None else compared, key=lambda trial: trial.number)
     results = []  # trials that have a value, with the last one
-    for trial in ended:
+    for trial in compared:
         reported = [*trial.intermediate_values.values(), trial.value]
         if known := [value for value in reported if value is not None]:
             results.append((trial, known[-1]))
@@ -61,9 +64,11 @@ def plot_sweep(
         plot_intermediate_values(folder / "intermediate_values.png", trials, cap, note, title)
     plot_timeline(folder / "timeline.png", ended, title)
     if sum(trial.state.name == "COMPLETE" for trial, _ in shown) > 1:  # It compares trials.
+        same = optuna.create_study(direction=study.direction)
+        same.add_trials(compared)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It dislikes a setting with a single value.
-            shares = get_param_importances(study, params=list(parameters))
+            shares = optuna.importance.get_param_importances(same, params=list(parameters))
         plot_importances(folder / "param_importances.png", shares, title)
 
 

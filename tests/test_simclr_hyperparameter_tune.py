@@ -132,6 +132,45 @@ def test_failed_trials_count_among_those_of_a_rung_but_never_go_on(tmp_path):
     assert all(t.params["epochs"] == 2 for t in trials if t.state.name == "FAIL")
 
 
+@pytest.mark.parametrize(("trials", "searched"), [(3, 3), (6, 3), (12, 6), (18, 9), (30, 21)])
+def test_at_most_half_of_the_trials_confirm(tmp_path, trials, searched):
+    _config, made = run_search(tmp_path, trials, lambda p: p["temperature"], max_epochs=2)
+    assert len(made) == trials
+    first = [t for t in made if t.params["seed"] == 0]
+    assert len(first) >= searched
+    seeds = [t.params["seed"] for t in made if t not in first]
+    assert sorted(seeds) == sorted([1, 2] * (len(seeds) // 2))
+
+
+def test_trials_that_run_leave_the_confirmation_its_share(tmp_path):
+    config = make_config(tmp_path, trials=20, max_epochs=2)
+    open_sweep = sweep.open_sweep(
+        config, tmp_path, {}, direction="maximize", plan=lambda s: tune.plan_trial(config, s)
+    )
+    with open_sweep as search:
+        running = []
+        while not search.is_over():
+            while len(running) < 8 and (trial := search.begin_trial()):  # as eight workers do
+                tune.suggest_config(trial, config)
+                running.append(trial)
+            done = running.pop(0)
+            search.end_trial(done, sweep.Outcome("COMPLETE", done.params["temperature"]))
+        ranked = tune.ranked_settings(search.study.get_trials(), config)
+    assert [row["seeds"] for row in ranked[:3]] == [3, 3, 3]
+
+
+def test_what_diverged_with_any_seed_does_not_win(tmp_path):
+    def value(p):
+        if p["seed"] == 2 and p["temperature"] > 0.5:
+            raise tune.sweep.Diverged("the loss is nan")
+        return p["temperature"]
+
+    config, trials = run_search(tmp_path, 40, value)
+    failed = {t.params["temperature"] for t in trials if t.state.name == "FAIL"}
+    assert failed
+    assert not failed & {row["temperature"] for row in tune.ranked_settings(trials, config)}
+
+
 def turned(images: np.ndarray) -> datasets.ImageData:
     """Data without labels of float images `(N, H, W)`, three quarters of them to train on."""
     pixels = torch.from_numpy(images.astype(np.uint8))[:, None]
@@ -220,6 +259,14 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
         assert row["linear"] == pytest.approx(spearmanr(table).statistic)
         assert -1 <= row["linear_low"] < row["linear"] < row["linear_high"] <= 1
         assert row["behind"] == max(b for _, b in table) - max(table)[1]
+    # Two trials win: labels do not decide between them. What is the same for all ranks nothing.
+    for trial in trials:
+        trial.user_attrs["lidar"] = float(trial.number < 2)
+        trial.user_attrs["alphareq"] = -1.0
+    rows = {row["score"]: row for row in tune.audit_rows(trials, config)}
+    assert rows.keys() == label_free.SCORES.keys() - {"alphareq"}
+    mean = np.mean([trial.user_attrs["linear"] for trial in trials[:2]])
+    assert rows["lidar"]["winner"] == pytest.approx(mean)
 
 
 def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
