@@ -120,7 +120,8 @@ FREE_ON_RESUME = frozenset(
 class Start:
     """What methods start from: a finished run in a `folder`, the pixels, or nothing.
 
-    Runs that differ in nothing but their seed have one `group`. `seconds` are the pretraining's.
+    Runs that differ in nothing but their seed have one `group`, which names them in tables and
+    figures. `seconds` are the pretraining's.
     What has `members` has their features, side by side.
     """
 
@@ -150,8 +151,10 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
         known = {k: v for k, v in run.settings.items() if k not in pretraining.EVALUATION}
         read[name] = dataclasses.replace(run, name=name, settings=known)
         starts[name] = Start("", ("features", "encoder"), folder=Path(folder))
-    for members in compare.group([*read.values()]):
-        group = members[0].name + (f" ({len(members)} seeds)" if len(members) > 1 else "")
+    groups = compare.group([*read.values()])
+    names = [f"{len(runs)} runs of {runs[0].script}" for runs in groups]
+    for members, name in zip(groups, names, strict=True):
+        group = name if len(members) > 1 and names.count(name) == 1 else members[0].name
         for run in members:
             seconds = float(run.summary.get("pretrain_seconds", 0))
             old = starts[run.name]

@@ -308,7 +308,9 @@ def test_every_method_has_a_row_for_each_draw(finished):
 
 def test_runs_that_differ_in_their_seed_are_one_line(finished):
     rows = read(finished[2], "scores")
-    (line,) = [r for r in rows if r["name"] == "nearest mean, simsiam/a" and r["labels"] == "20"]
+    (line,) = [
+        r for r in rows if r["name"] == "nearest mean, 2 runs of simsiam" and r["labels"] == "20"
+    ]
     mine = [
         float(r["accuracy"])
         for r in read(finished[2])
