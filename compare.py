@@ -29,7 +29,7 @@ from support.settings import FREE_ON_RESUME, Parser, value_before
 # file that others came from.
 NOT_COMPARED = frozenset(
     {"script", "command", "commit", "versions", "hardware", "threads", "processes", "started"}
-    | {"resumed", "data", "config", "precision_because", "stages"}
+    | {"resumed", "config", "precision_because", "stages"}
     | (FREE_ON_RESUME - {"dataset"})
 )
 # The table's columns: a key of summary.json, and what stands above its numbers.
@@ -61,6 +61,7 @@ class Run:
     settings: dict[str, Any]
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
+    folder: str = ""
 
 
 def number_or_none(text: str) -> float | None:
@@ -102,6 +103,7 @@ def read_run(folder: Path) -> list[Run]:
                 settings,
                 [row for row in rows if row.get("cell", "") == cell],
                 {k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix)},
+                str(folder),
             )
         )
     return runs
@@ -122,13 +124,16 @@ def settings_before(script: str) -> dict[str, Any]:
 def group(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that differ in nothing but their seed together, in order of appearance.
 
-    A setting that one of them lacks, because the script has it no more, is no difference.
+    A setting that one of them lacks, because the script has it no more, is no difference. Of the
+    data set the pixels count, where both runs say what they were, and not its name.
     """
     groups: list[list[Run]] = []
     for run in runs:
         for others in groups:
             first = others[0]
-            both = run.settings.keys() & first.settings.keys() - {"seed"}
+            known = run.settings.get("data") and first.settings.get("data")
+            both = run.settings.keys() & first.settings.keys()
+            both -= {"seed", "dataset" if known else "data"}
             alike = all(run.settings[key] == first.settings[key] for key in both)
             alike &= (run.script, run.cell) == (first.script, first.cell)
             if alike and run.settings.get("seed") not in [o.settings.get("seed") for o in others]:
@@ -149,6 +154,8 @@ def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
     scripts = [runs[0].script for runs in groups]
     if len(set(names)) < len(names):  # runs of several scripts may have the same name
         names = [f"{script} {name}" for script, name in zip(scripts, names, strict=True)]
+    if len(set(names)) < len(names):  # and so may those of one script in several places
+        names = [f"{runs[0].folder} {runs[0].cell}".strip() for runs in groups]
     return names
 
 

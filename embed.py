@@ -40,7 +40,6 @@ from support.errors import UserError, require
 from support.runs import exit_cleanly
 from support.settings import Parser
 
-BATCH = 500  # images per step, as in functions.extract_features
 MAPPED = 10_000  # images, as in evaluation.images_to_map
 COLUMNS = (
     *("path", "class", "probability", "x", "y", "neighbour", "similarity"),
@@ -68,7 +67,7 @@ class Collection:
         Returns:
             `(*index.shape, channels, h, w)`, uint8, at most `side` pixels large.
         """
-        places = self.rows[index.flatten()].split(BATCH)
+        places = self.rows[index.flatten()].split(500)
         parts = torch.cat([page.shrink(self.images[part], side) for part in places])
         return datasets.with_channels(parts, channels).unflatten(0, index.shape)
 
@@ -83,14 +82,15 @@ def extract(encoder: frozen.Encoder, images: Tensor, rows: Tensor, what: str) ->
     other kernels for few images, which round otherwise.
     """
     features = torch.empty(len(rows), encoder.network.num_features)
+    size = functions.images_per_step(images)
     with progress.bar(len(rows), what) as bar:
-        for start in range(0, len(rows), BATCH):
-            index = rows[start : start + BATCH]
+        for start in range(0, len(rows), size):
+            index = rows[start : start + size]
             batch = datasets.with_channels(images[index], len(encoder.mean))
-            batch = F.pad(batch, (0, 0) * 3 + (0, BATCH - len(index)))  # (500, C, H, W)
+            batch = F.pad(batch, (0, 0) * 3 + (0, size - len(index)))  # (B, C, H, W)
             split = datasets.Split(batch, None, mean=encoder.mean, std=encoder.std)
-            found = functions.extract_features(encoder.network, split, encoder.fabric, BATCH)
-            features[start : start + BATCH] = found[: len(index)]
+            found = functions.extract_features(encoder.network, split, encoder.fabric, size)
+            features[start : start + size] = found[: len(index)]
             bar.update(len(index))
     return features
 
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     table["path"] = mine.names
     classes = None
     if encoder.probe:
-        parts = mine.features.split(BATCH)
+        parts = mine.features.split(500)
         logits = torch.cat([functions.apply_probe(part, encoder.probe) for part in parts])  # (N, K)
         classes, probabilities = logits.argmax(1), logits.softmax(1).amax(1)
         arrays |= {"predictions": classes.numpy(), "probabilities": probabilities.numpy()}

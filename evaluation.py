@@ -56,7 +56,10 @@ def probe(
         return functions.linear_probe(*pairs, epochs=config.probe_epochs, seed=config.seed)
 
     result = train_probe(features)
+    # What this evaluation leaves out, and an earlier one may not have, goes from the summary.
+    optional = ("pixel_probe_accuracy", "few_label_accuracy_encoder", "few_label_accuracy_pixels")
     summary: dict[str, Any] = {
+        **dict.fromkeys(optional),
         "linear_probe_accuracy": result.accuracy,
         "knn_accuracy": functions.knn_accuracy(features[0], labels[0], features[1], labels[1]),
     }
@@ -109,15 +112,20 @@ def origin(split: datasets.Split, index: Tensor) -> dict[str, np.ndarray]:
 
 
 def write_map_page(
-    folder: Path, data: datasets.ImageData, features: Tensor, coordinates: np.ndarray, title: str
+    folder: Path,
+    data: datasets.ImageData,
+    mapped: tuple[Tensor, datasets.Split],
+    features: Tensor,
+    coordinates: np.ndarray,
+    title: str,
 ) -> None:
-    """Write `embedding.html`: the map of `images_to_map` with the images, to look around in.
+    """Write `embedding.html`: the map of what `images_to_map` chose, with the images.
 
     It shows the linear probe's predictions when the probe stage has been done.
     """
     if not runs.has_package("plotly", "plotly", "embedding.html"):
         return
-    index, split = images_to_map(data)
+    index, split = mapped
     predictions = None
     path = folder / "predictions.npz"
     if data.test is not None and path.exists():
@@ -157,7 +165,7 @@ def embed(model: Any, data: datasets.ImageData, config: Any, folder: Path, fabri
     title = f"{method} of {len(split):,} images of {data.name}, {config.encoder}"
     path = folder / f"{config.embedding}.png"
     functions.plot_scatter(path, coordinates, arrays.get("labels"), data.classes, title)
-    write_map_page(folder, data, features, coordinates, title)
+    write_map_page(folder, data, (index, split), features, coordinates, title)
 
 
 def finetune(

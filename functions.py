@@ -30,6 +30,7 @@ from support import (
     devices,
     figures,
     folders,
+    neighbours,
     progress,
 )
 from support.errors import Diverged, UserError, require
@@ -167,7 +168,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def extract_features(
-    encoder: nn.Module, split: datasets.Split, fabric: Any = None, batch_size: int = 500
+    encoder: nn.Module,
+    split: datasets.Split,
+    fabric: Any = None,
+    batch_size: int | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Features `(N, D)`, float32, of a frozen encoder in eval mode; the encoder is not changed.
 
@@ -175,17 +180,29 @@ def extract_features(
         encoder: any module `(B, C, H, W) -> (B, D)`.
         split: its images, which are normalised as it says.
         fabric: the Lightning Fabric whose precision to use; None for float32.
-        batch_size: images per step; the result does not depend on it, up to the rounding of steps
-            of one or two images, for which libraries have kernels of their own.
+        batch_size: images per step, by default `images_per_step`; the result does not depend on it,
+            up to the rounding of steps of one or two images, for which libraries have kernels of
+            their own.
+        index: `(N,)`, the images' positions in the split; None for all of them.
     """
+    batch_size = batch_size or images_per_step(split.images)
+    index = torch.arange(len(split)) if index is None else index
     device = next(encoder.parameters()).device
     features = []
     with evaluating(encoder), fabric.autocast() if fabric else contextlib.nullcontext():
-        for batch in split.images.split(batch_size):
-            inputs = split.normalize(batch.to(device))
+        for rows in index.to(split.images.device).split(batch_size):
+            inputs = split.normalize(split.images[rows].to(device))
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             features.append(encoder(inputs).float())
     return torch.cat(features)
+
+
+def images_per_step(images: Tensor) -> int:
+    """How many images `(N, C, H, W)` an evaluation takes at a time: 500, of large ones fewer.
+
+    20 of 224 pixels, whose maps in a ResNet's first stage take 256 MB in float32.
+    """
+    return max(1, min(500, 2**20 // images.shape[2:].numel()))
 
 
 class Monitor:
@@ -203,8 +220,11 @@ class Monitor:
         self.knn_every = 0 if train.labels is None else knn_every
         if self.knn_every:
             order, fifth = shuffled(len(train)), max(1, len(train) // 5)
-            self.queries = train.select(order[:fifth][:5_000])
-            self.bank = train.select(order[fifth:][:20_000])
+            self.train, self.queries, self.bank = (
+                train,
+                order[:fifth][:5_000],
+                order[fifth:][:20_000],
+            )
 
     def measure(self, encoder: nn.Module, z: Tensor, epoch: int, last: bool) -> dict[str, float]:
         """Columns of `metrics.csv` after an epoch, from 1, whose last embeddings are `z` `(N, D)`.
@@ -213,10 +233,11 @@ class Monitor:
         """
         row = {"embedding_std": embedding_std(z), "rank_me": rank_me(z)}
         if self.knn_every and (epoch % self.knn_every == 0 or last):
-            bank, queries = (
-                extract_features(encoder, split, self.fabric) for split in (self.bank, self.queries)
-            )
-            row["knn_held_out"] = knn_accuracy(bank, self.bank.labels, queries, self.queries.labels)
+            known = []
+            for index in (self.bank, self.queries):
+                known.append(extract_features(encoder, self.train, self.fabric, index=index))
+                known.append(self.train.labels[index.to(self.train.labels.device)])
+            row["knn_held_out"] = knn_accuracy(*known)
         return row
 
 
@@ -238,26 +259,21 @@ def knn_accuracy(
     Cosine similarity s; each of the k neighbours votes for its class with weight exp(s /
     temperature). `k` is capped at the number of training features.
     """
-    bank = F.normalize(train_features, dim=1)
+    nearest, index = neighbours.find_nearest(test_features, F.normalize(train_features, dim=1), k)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    correct = torch.zeros((), dtype=torch.long, device=bank.device)
-    for features, labels in zip(test_features.split(1000), test_labels.split(1000), strict=True):
-        similarity = F.normalize(features, dim=1) @ bank.T  # (B, N)
-        nearest, index = similarity.topk(min(k, len(bank)), dim=1)  # (B, k)
-        votes = torch.zeros(len(features), classes, device=bank.device)
-        votes.scatter_add_(1, train_labels[index], ((nearest - 1) / temperature).exp())
-        correct += (votes.argmax(1) == labels).sum()
-    return correct.item() / len(test_labels)
+    votes = torch.zeros(len(index), classes)  # (M, K)
+    votes.scatter_add_(1, train_labels.cpu()[index], ((nearest - 1) / temperature).exp())
+    return accuracy(votes.argmax(1), test_labels.cpu())
 
 
 def measure_features(train_features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `(D,)` by which features `(N, D)` are standardised everywhere.
 
-    `(features - mean) / std`, test features, too; a feature that never changes has 1e-6 for its
-    deviation of 0.
+    `(features - mean) / std`, test features, too. A feature that never changes has an infinite
+    deviation, and so counts for nothing where a test image changes it.
     """
     std, mean = torch.std_mean(train_features, 0, correction=0)
-    return mean, std.clamp(min=1e-6)
+    return mean, std.masked_fill(std < 1e-6, torch.inf)
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ def embed(
             rows = [row | {"class": data.classes[k]} for row, k in zip(rows, labels, strict=True)]
         files.write_csv(folder / f"umap_{name}.csv", rows)
         if name == "z":
-            evaluation.write_map_page(folder, data, features, points, title)
+            evaluation.write_map_page(folder, data, (index, split), features, points, title)
     arrays["features"] = arrays["z"]
     if has_umap:
         arrays["coordinates"] = arrays["z_coordinates"]

@@ -43,7 +43,7 @@ def main() -> None:
         split = datasets.Split(images, None, mean=mean, std=std)
         inputs = [
             split.normalize(part).contiguous(memory_format=torch.channels_last)
-            for part in images.split(embed.BATCH)
+            for part in images.split(500)
         ]
 
         def encoder_alone() -> None:

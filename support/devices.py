@@ -141,7 +141,8 @@ def make_fabric(device: str, precision: str, devices: int = 1, nodes: int = 1) -
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision
     chosen, strategy = pick_device(device), "auto"
-    torch.backends.cudnn.benchmark = chosen == "cuda"  # batches have one shape for many steps
+    if chosen == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches have one shape for many steps
     if devices * nodes > 1:
         there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[chosen]
         if chosen == "cpu" and "TORCHELASTIC_RUN_ID" in os.environ:

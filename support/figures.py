@@ -86,7 +86,8 @@ def plain(text: str, longest: int = 200) -> str:
     It would take `$` for the start of a formula, and leave out of a legend what begins with `_`.
     """
     text = text.encode(errors="replace").decode()  # half a surrogate pair has no glyph
-    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    if len(text) > longest:  # names often differ at their ends
+        text = f"{text[: longest // 2]}…{text[len(text) - (longest - 1) // 2 :]}"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
@@ -116,18 +117,22 @@ def hide_axes(axes: Any) -> None:
 
 
 def add_legend(figure: Any) -> Any:
-    """One legend of all axes below them, each text once; the figure grows by its height."""
-    shown = {
-        text: handle
-        for axes in figure.axes
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    legend = figure.legend(shown.values(), shown)  # to measure its only column
+    """One legend of all axes below them; the figure grows by its height.
+
+    What has the same text in several axes is there once, what has it twice in one axes twice.
+    """
+    shown = {}
+    for axes in figure.axes:
+        handles, texts = axes.get_legend_handles_labels()
+        for place, (handle, text) in enumerate(zip(handles, texts, strict=True)):
+            shown[text, texts[:place].count(text)] = handle
+    labels = [text for text, _ in shown]
+    legend = figure.legend(shown.values(), labels)  # to measure its only column
     width = legend.get_window_extent().width + 20  # pixels, with the gap to the next column
     legend.remove()
     rows = math.ceil(max(1, len(shown)) / max(1, figure.bbox.width // width))
     where = {"loc": "outside lower center", "ncols": max(1, math.ceil(len(shown) / rows))}
-    legend = figure.legend(shown.values(), shown, **where)
+    legend = figure.legend(shown.values(), labels, **where)
     figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
     return legend
 

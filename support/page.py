@@ -186,4 +186,4 @@ def write_page(
     }
     page = re.sub("|".join(parts), lambda mark: parts[mark[0]], PAGE)
     with files.atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -122,10 +122,15 @@ class Run:
     def summarize(self, values: dict[str, Any], step: int = 0) -> dict[str, Any]:
         """Put `values` into `summary.json`, keep the other stages', log the numbers, return all.
 
-        `seconds` is the sum of the stages' own `*_seconds`.
+        A value of None takes away what was there. `seconds` is the sum of the stages' own
+        `*_seconds`.
         """
         path = self.folder / "summary.json"
         summary = {**(files.read_json(path) if path.exists() else {}), **values}
+        summary, values = (
+            {name: value for name, value in each.items() if value is not None}
+            for each in (summary, values)
+        )
         times = [v for k, v in summary.items() if k.endswith("_seconds")]
         summary["seconds"] = sum(value for value in times if isinstance(value, int | float))
         files.write_json(path, summary)

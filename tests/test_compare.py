@@ -85,6 +85,23 @@ def test_runs_of_one_recipe_are_one_row_and_others_are_not(tmp_path):
     assert Path("curves.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_of_the_data_set_the_pixels_count_and_not_its_name(tmp_path):
+    runs = [
+        simclr_run(tmp_path / name, seed, 0.5, 4.0, dataset=dataset, data=data)
+        for seed, (name, dataset, data) in enumerate(
+            [("a", "photos", "aa"), ("b", "/elsewhere/photos", "aa"), ("c", "photos", "bb")]
+        )
+    ]
+    _, first, other = compare.main(runs)
+    assert (first[:2], other[:2]) == (["a", "2"], ["c", "1"])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = [simclr_run(tmp_path / p / "best", 0, 0.5, 4.0, temperature=t) for p, t in ("u1", "v2")]
+    _, *rows = compare.main(runs)
+    assert [row[0] for row in rows] == runs
+
+
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     probes = [0.7, 0.72, 0.77]
     runs = [

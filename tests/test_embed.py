@@ -113,7 +113,7 @@ def test_features_do_not_depend_on_how_many_images_there_are(
 ):
     # In steps of 500 these leave one to three images, which by themselves round otherwise.
     if count > 3:
-        monkeypatch.setattr(embed, "BATCH", 100)
+        monkeypatch.setattr(functions, "images_per_step", lambda images: 100)
         count = 101
     names = write_digits(tmp_path / "in", digits.test, range(count))
     arrays = start(trained.run, tmp_path / "in", tmp_path / "out", "--no-training").arrays

@@ -334,6 +334,22 @@ def test_scores_have_a_panel_without_pretraining_and_one_for_each_group(tmp_path
         np.testing.assert_allclose(axes.lines[0].get_xydata()[1], (100, 40))
 
 
+def test_a_legend_has_every_line_even_those_that_are_called_alike(tmp_path, drawn):
+    with figures.new_figure(tmp_path / "a.png", "title") as figure:
+        for axes in figures.add_panels(figure, 2):
+            for name in ("one", "one", "two"):
+                axes.plot([0, 1], label=name)
+        figures.add_legend(figure)
+    texts = [text.get_text() for text in drawn["a"].legends[0].get_texts()]
+    assert texts == ["one", "one", "two"]
+
+
+def test_long_names_that_differ_at_their_ends_stay_different():
+    names = [figures.plain(f"diabetic_retinopathy_grade_{n}", 24) for n in range(3)]
+    assert names[0] == "diabetic_ret…thy_grade_0"
+    assert len(set(names)) == 3
+
+
 def test_bars_of_the_timeline_are_hours(tmp_path, drawn):
     start = datetime.datetime(2026, 1, 1, 23)
     trials = []

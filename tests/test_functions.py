@@ -570,6 +570,26 @@ def test_the_saved_probe_repeats_the_predictions(probed):
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_what_never_changes_among_training_images_counts_for_nothing():
+    draw = torch.Generator().manual_seed(0)
+    known, test = (torch.randn(n, 5, generator=draw) for n in (40, 200))
+    labels, truth = known.argmax(1), test.argmax(1)
+    silent, sudden = (
+        (F.pad(known, (0, 1)), labels, F.pad(test, (0, 1), value=value), truth)
+        for value in (0.0, 1.0)
+    )
+    for score in (
+        lambda *given: functions.few_label_accuracy(*given, 5)["mean"],
+        lambda *given: functions.linear_probe(*given, epochs=5).accuracy,
+    ):
+        assert score(*sudden) == score(*silent)
+
+
+@pytest.mark.parametrize(("side", "count"), [(8, 500), (32, 500), (64, 256), (224, 20), (2000, 1)])
+def test_large_images_are_evaluated_few_at_a_time(side, count):
+    assert functions.images_per_step(torch.empty(3, 1, side, side, device="meta")) == count
+
+
 def test_predictions_and_maps_tell_which_image_a_row_is_of(probed):
     arrays = files.read_arrays(probed.folder / "predictions.npz")
     assert arrays["index"].tolist() == list(range(90))

@@ -180,7 +180,14 @@ def test_damaged_predictions_are_one_line(tmp_path, user_error, content):
     (tmp_path / "predictions.npz").write_bytes(content)
     points = np.zeros((len(data.test), 2))
     with user_error(tmp_path / "predictions.npz", "damaged"):
-        evaluation.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+        evaluation.write_map_page(
+            tmp_path,
+            data,
+            evaluation.images_to_map(data),
+            torch.rand(len(data.test), 4),
+            points,
+            "map",
+        )
 
 
 def test_the_map_shows_the_probes_predictions_of_its_own_images(tmp_path):
@@ -194,7 +201,9 @@ def test_the_map_shows_the_probes_predictions_of_its_own_images(tmp_path):
     index, split = evaluation.images_to_map(data)
     assert torch.equal(split.images, images[index])
     points = np.stack((index.numpy(), index.numpy()), 1)
-    evaluation.write_map_page(tmp_path, data, torch.rand(len(index), 2), points, "map")
+    evaluation.write_map_page(
+        tmp_path, data, evaluation.images_to_map(data), torch.rand(len(index), 2), points, "map"
+    )
     found = data_of((tmp_path / "embedding.html").read_text())
     assert [point[0] for point in found["points"]] == index.tolist()
     assert found["labels"] == (index % 10).tolist()
@@ -205,7 +214,9 @@ def test_without_plotly_the_page_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     data = functions.load_images("digits")
     points = np.zeros((len(data.test), 2))
-    evaluation.write_map_page(tmp_path, data, torch.rand(len(data.test), 4), points, "map")
+    evaluation.write_map_page(
+        tmp_path, data, evaluation.images_to_map(data), torch.rand(len(data.test), 4), points, "map"
+    )
     assert list(tmp_path.iterdir()) == []
     assert "pip install plotly" in capsys.readouterr().out
 
@@ -213,7 +224,18 @@ def test_without_plotly_the_page_is_left_out(tmp_path, monkeypatch, capsys):
 def test_a_folder_without_labels_has_one_class_of_images(tmp_path):
     split = datasets.Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), None)
     data = datasets.ImageData("flat", (), split, None)
-    evaluation.write_map_page(tmp_path, data, torch.rand(6, 2), np.zeros((6, 2)), "map")
+    evaluation.write_map_page(
+        tmp_path, data, evaluation.images_to_map(data), torch.rand(6, 2), np.zeros((6, 2)), "map"
+    )
     found = data_of((tmp_path / "embedding.html").read_text())
     assert (found["labels"], found["labelled"], found["predictions"]) == ([0] * 6, False, None)
     assert len(found["classes"]) == len(found["colors"]) == 1
+
+
+def test_a_title_that_is_no_utf8_is_spelled(tmp_path):
+    split = datasets.Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), None)
+    data = datasets.ImageData("flat", (), split, None)
+    points = np.zeros((6, 2))
+    mapped = evaluation.images_to_map(data)
+    evaluation.write_map_page(tmp_path, data, mapped, torch.rand(6, 2), points, "caf\udce9")
+    assert "caf\\udce9" in (tmp_path / "embedding.html").read_text()

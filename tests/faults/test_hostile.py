@@ -283,7 +283,14 @@ def make_labels(folder):
 
 def load_predictions(folder):
     features = torch.eye(8)
-    evaluation.write_map_page(folder, tiny_data(), features, features.numpy()[:, :2], "a map")
+    evaluation.write_map_page(
+        folder,
+        tiny_data(),
+        evaluation.images_to_map(tiny_data()),
+        features,
+        features.numpy()[:, :2],
+        "a map",
+    )
     return digest((folder / "embedding.html").read_text())
 
 
