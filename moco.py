@@ -1,4 +1,4 @@
-"""MoCo v2 (He et al. 2020, https://arxiv.org/abs/1911.05722) on small images: a queue of negatives.
+"""MoCo (He et al. 2020, https://arxiv.org/abs/1911.05722) on small images: a queue of negatives.
 
     python moco.py                                      # CIFAR-10, ResNet18, 200 epochs, a GPU
     python moco.py --dataset digits --encoder small --batch-size 128 --queue-size 512 --epochs 100
@@ -108,9 +108,18 @@ class SplitBatchNorm(nn.Module):
         self.weight, self.bias = whole.weight, whole.bias
         for name, buffer in whole.named_buffers():
             self.register_buffer(name, buffer)
+        for name, child in whole.named_children():  # timm's have the activation in them
+            self.add_module(name, child)
 
     def forward(self, images: Tensor) -> Tensor:
         """As `nn.BatchNorm2d`'s."""
+        outputs = self.normalized(images)
+        for child in self.children():
+            outputs = child(outputs)
+        return outputs
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` by their parts' statistics, in evaluation by the running ones."""
         if not self.training:
             whole = (self.running_mean, self.running_var, self.weight, self.bias)
             return F.batch_norm(images, *whole, False, self.momentum, self.eps)

@@ -44,7 +44,7 @@ from support import (
 from support.errors import UserError, require
 from support.settings import setting
 
-CELLS = {"rnn": recurrent.RNN, "lstm": nn.LSTM, "gru": recurrent.GRU}
+CELLS = {"rnn": recurrent.RNN, "lstm": recurrent.LSTM, "gru": recurrent.GRU}
 loss_function = F.cross_entropy
 CELL_COLORS = dict(zip(CELLS, figures.LINE_COLORS, strict=False))
 
@@ -120,7 +120,10 @@ def rows_from_images(images: Tensor) -> Tensor:
 
 
 class RowRNN(nn.Module):
-    """A recurrent network over rows and an MLP on its output after the last row."""
+    """A recurrent network over rows and an MLP on its output after the last row.
+
+    The second direction's last row is the first one.
+    """
 
     def __init__(self, config: Config, cell: str, input_size: int, num_classes: int):
         super().__init__()
@@ -152,7 +155,11 @@ class RowRNN(nn.Module):
         on_gpu = rows.device.type == "cuda"
         with torch.autocast("cuda", enabled=False) if on_gpu else contextlib.nullcontext():
             outputs, _ = self.recurrent(rows)  # (B, H, hidden_size), or of two directions
-        return self.mlp(outputs.mean(1) if self.pooling == "mean" else outputs[:, -1])
+        if self.pooling == "mean":
+            return self.mlp(outputs.mean(1))
+        ends = outputs[:, -1], outputs[:, 0]
+        hidden = self.recurrent.hidden_size
+        return self.mlp(torch.cat((ends[0][:, :hidden], ends[1][:, hidden:]), 1))
 
 
 def make_model(config: Config, cell: str, data: datasets.ImageData) -> RowRNN:

@@ -95,6 +95,11 @@ class SimSiam(nn.Module):
             for inputs in (features, *[size] * (config.projector_layers - 1)):
                 layers += [nn.Linear(inputs, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]
             self.projector = nn.Sequential(*layers[:-2], nn.BatchNorm1d(size, affine=False))
+            from torchvision.models import resnet
+
+            for block in self.encoder.modules():  # which begins as the identity (appendix A)
+                if isinstance(block, resnet.BasicBlock | resnet.Bottleneck):
+                    nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
         self.predictor = nn.Sequential(
             nn.Linear(size, hidden, bias=config.head == "original"),
             nn.BatchNorm1d(hidden),
@@ -162,7 +167,7 @@ def make_views(
 def make_optimizer(model: SimSiam, config: Config) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, its rate scaled by batch size / 256; a second group of the predictor.
 
-    A predictor whose rate does not decay adapts to the latest representations (appendix A).
+    A predictor whose rate does not decay adapts to the latest representations (Table 1c).
     """
     rest = [*model.encoder.parameters(), *model.projector.parameters()]
     groups = [{"params": rest}, {"params": list(model.predictor.parameters())}]

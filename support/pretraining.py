@@ -98,7 +98,9 @@ class PretrainingConfig(settings.TrainingConfig):
     grayscale_probability: float = setting(
         0.1, "views", "probability of losing three channels' colours"
     )
-    blur_probability: float = setting(0.0, "views", "probability of a 3x3 Gaussian blur")
+    blur_probability: float = setting(
+        0.0, "views", "probability of a Gaussian blur, its kernel a tenth of the side, at least 3"
+    )
 
     evaluate_on: Literal["test", "validation"] = setting(
         "test", "evaluation", "validation: a tenth of the training images, to choose settings by"
@@ -219,7 +221,10 @@ def apply_views(images: Tensor, drawn: augment.Draws, size: int | None = None) -
     views = augment.apply_color_jitter(views, drawn)
     if "greyed" in drawn:
         views = augment.apply_grayscale(views, drawn)
-    return augment.apply_gaussian_blur(views, drawn) if "sigma" in drawn else views
+    if "sigma" not in drawn:
+        return views
+    kernel = max(3, views.shape[-1] // 10 // 2 * 2 + 1)  # a tenth of the side (SimCLR, appendix A)
+    return augment.apply_gaussian_blur(views, drawn, kernel)
 
 
 class Share:
@@ -420,20 +425,20 @@ class Pretraining:
 
     def _judge(self, row: dict[str, Any], z: Tensor) -> dict[str, Any]:
         """The columns about the epoch's last step, and the verdict on all epochs."""
-        config, norms = self.config, nn.modules.batchnorm._BatchNorm
-        layers = [layer for layer in self.model.modules() if isinstance(layer, norms)]
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        columns: dict[str, Any] = {
-            "last_loss": self._loss.item(),
-            "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(),
-            **verdict.measure(z, self.share.views, self._views),
-        }
+        config = self.config
+        layers: list[Any] = [m for m in self.model.modules() if hasattr(m, "running_mean")]
+        columns: dict[str, Any] = {"last_loss": self._loss.item()}
+        if isinstance(self.optimizer, torch.optim.SGD | torch.optim.Adam):
+            # LARS keeps its step where the gradient was.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            columns["gradient_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+        columns |= verdict.measure(z, self.share.views, self._views)
         about = verdict.Circumstances(
             epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
             embeddings=len(z),
             size=z.shape[1],
-            normalised=len(self._z),
+            normalised=min([len(self._z), *(m.images for m in layers if hasattr(m, "images"))]),
             knn_chance=verdict.luck(self.train.labels, min(5000, max(1, len(self.train) // 5))),
             constant=self._constant,
             frozen=any(not layer.training for layer in layers),
@@ -510,7 +515,10 @@ def run_experiment(
                 print(line)
         model = model.to(fabric.device).to(memory_format=torch.channels_last)
         if fabric.world_size > 1 and fabric.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            if config.encoder.startswith("timm:"):  # whose norms have the activation in them
+                from timm.layers import convert_sync_batchnorm as convert
+            model = convert(model)
         if main_process:
             print(data)
             if config.evaluate_on == "validation":

@@ -1,15 +1,17 @@
-"""`nn.RNN` and `nn.GRU` whose matrix products run in bfloat16 on a CPU.
+"""`nn.RNN` and `nn.GRU` whose matrix products run in bfloat16 on a CPU, and `nn.LSTM`.
 
-PyTorch has a bfloat16 kernel for LSTMs there; its RNN and GRU do everything in bfloat16 step by
-step, tanh thirty times slower than in float32 included, so they gain nothing from matrix units.
-Here the products are bfloat16 and the rest float32, with the backward pass by hand. Weights, names
-and results (up to rounding) are those of PyTorch's modules, which take over everywhere else.
+PyTorch has a bfloat16 kernel for LSTMs there, on processors with AVX-512; its RNN and GRU do
+everything in bfloat16 step by step, tanh thirty times slower than in float32 included, so they gain
+nothing from matrix units. Here the products are bfloat16 and the rest float32, with the backward
+pass by hand. Weights, names and results (up to rounding) are those of PyTorch's modules, which take
+over everywhere else.
 
 T steps, B batch, H hidden units.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -110,8 +112,8 @@ class Gates(torch.autograd.Function):
         return inputs, d_weight, flat[:, 2 * hidden :].sum(0, dtype=torch.float32)
 
 
-def _layers(module: nn.RNNBase, images: Tensor, recurrence: Any) -> tuple[Tensor, Tensor]:
-    outputs, last = images.transpose(0, 1), []  # (T, B, I)
+def _layers(module: nn.RNNBase, rows: Tensor, recurrence: Any) -> tuple[Tensor, Tensor]:
+    outputs, last = rows.transpose(0, 1), []  # (T, B, I)
     for layer in range(module.num_layers):
         directions = []
         for suffix in ("", "_reverse")[: 1 + module.bidirectional]:
@@ -156,3 +158,13 @@ class GRU(nn.GRU):
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Outputs `(B, T, H)` and last states `(layers, B, H)` of `(B, T, I)`."""
         return _layers(self, rows, Gates) if _by_hand(rows) else super().forward(rows)
+
+
+class LSTM(nn.LSTM):
+    """`nn.LSTM(batch_first=True)`, without a first state; float32 where bfloat16 has no kernel."""
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
+        """Outputs `(B, T, H)` and last states `(layers, B, H)`, h and c, of `(B, T, I)`."""
+        plain = _by_hand(rows) and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        with torch.autocast("cpu", enabled=False) if plain else contextlib.nullcontext():
+            return super().forward(rows.float() if plain else rows)

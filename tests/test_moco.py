@@ -222,6 +222,20 @@ def test_the_encoders_norms_are_split(splits, kind):
         assert splits == 1 or {norm.images for norm in norms} == {2}
 
 
+def test_split_norms_of_timm_keep_the_activations_in_them():
+    timm = pytest.importorskip("timm")
+    plain = timm.create_model("efficientnet_b0", num_classes=0)
+    split = copy.deepcopy(plain)
+    moco.split_batch_norms(split, 2)
+    assert any(isinstance(layer, moco.SplitBatchNorm) for layer in split.modules())
+    assert split.state_dict().keys() == plain.state_dict().keys()
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
+    with torch.no_grad():
+        assert torch.equal(split.eval()(images), plain.eval()(images))
+        expected = plain.train()(images)  # both images are one part
+        torch.testing.assert_close(split.train()(images), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("projection", "sizes"), [("linear", [6]), ("nonlinear", [128, 6])])
 def test_the_head_is_v1s_or_v2s(projection, sizes):
     model = make_model(small_config(projection=projection))

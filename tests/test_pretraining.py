@@ -126,6 +126,15 @@ def test_a_probability_is_the_share_of_views_that_are_changed(name, seen):
     assert not seen(plain, plain).any()
 
 
+@pytest.mark.parametrize(("side", "kernel"), [(8, 3), (32, 3), (64, 7), (96, 9)])
+def test_the_blur_is_as_wide_as_a_tenth_of_the_image(side, kernel):
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    image[:, :, side // 2, side // 2] = 255
+    (view,) = views_of(image, blur_probability=1.0)
+    seen = (view[0] > 0).nonzero()
+    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [kernel, kernel]
+
+
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_each_strength_of_the_jitter_changes_one_thing(name):
     images = noise(100, low=90, high=160)  # nothing is clamped

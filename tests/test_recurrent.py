@@ -81,3 +81,24 @@ def test_dropout_is_between_the_layers_and_in_training_only(monkeypatch, kind):
     module.dropout = 1.0
     output, _ = module(rows)  # which sees nothing of the images
     torch.testing.assert_close(output, output[:1].expand_as(output))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_lstm_computes_in_bfloat16_or_where_there_is_no_kernel_in_float32(both):
+    torch.manual_seed(0)
+    module = recurrent.LSTM(12, 20, 2, batch_first=True, bidirectional=both)
+    other = nn.LSTM(12, 20, 2, batch_first=True, bidirectional=both)
+    other.load_state_dict(module.state_dict())
+    rows = torch.randn(7, 9, 12)
+    expected, _ = other(rows)
+    for supported in (torch.ops.mkldnn._is_mkldnn_bf16_supported(), False):
+        with (
+            mock.patch.object(
+                torch.ops.mkldnn, "_is_mkldnn_bf16_supported", return_value=supported
+            ),
+            torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+        ):
+            outputs, _ = module(rows)
+        assert (outputs.float() - expected).norm() / expected.norm() < 0.01
+        outputs.float().sum().backward()
+    assert torch.equal(outputs, expected)  # float32

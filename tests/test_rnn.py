@@ -100,7 +100,11 @@ def pooled_output(config: rnn.Config, cell: str, weights: dict, rows: torch.Tens
             order = slice(None) if suffix == "" else list(reversed(range(rows.shape[1])))
             directions.append(naive_states(cell, own, rows[:, order])[:, order])
         rows = torch.cat(directions, 2)
-    return rows.mean(1) if config.pooling == "mean" else rows[:, -1]
+    if config.pooling == "mean":
+        return rows.mean(1)
+    # Each direction has read all rows at its own end.
+    hidden = config.hidden_size
+    return torch.cat((rows[:, -1, :hidden], rows[:, 0, hidden:]), 1)
 
 
 def naive_logits(

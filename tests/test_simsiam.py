@@ -143,6 +143,9 @@ def test_the_papers_head(count, encoder, features):
     assert [first.weight.shape, last.weight.shape] == [(512, 2048), (2048, 512)]
     assert first.bias is None
     assert last.bias is not None
+    ends = [w for name, w in model.encoder.named_parameters() if name.endswith("bn2.weight")]
+    assert len(ends) == (8 if encoder == "resnet18" else 0)
+    assert not any(weights.any() for weights in ends)  # each block begins as the identity
     z, p = model.train()(torch.randn(8, 3, 8, 8, generator=seeded()))
     assert p.shape == (8, 2048)
     torch.testing.assert_close(z.mean(0), torch.zeros(2048), atol=1e-5, rtol=0)  # no ReLU after it
