@@ -74,6 +74,11 @@ def load_images(
         UserError: unknown name, no network, a wrong MD5, or a folder that cannot be used.
     """
     builtin = {"cifar10": _load_cifar10, "fashion-mnist": _load_fashion_mnist}
+    given = rules is not None and (rules.channels, rules.value_range) != (None, None)
+    require(
+        not given or name_or_path not in (*builtin, "digits"),
+        f"--channels and --value-range are for a folder of images, not for {name_or_path}",
+    )
     if name_or_path in builtin:
         return builtin[name_or_path](Path(data_dir), download_url).measured()
     if name_or_path == "digits":
@@ -137,7 +142,7 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> datasets.ImageData:
         path = folder / name
         if not path.exists() and (datasets.DEBIAN_FASHION_MNIST / name).exists():
             path = datasets.DEBIAN_FASHION_MNIST / name
-        elif not path.exists():
+        else:
             with datasets.alone_in(folder):
                 datasets.fetch(path, FashionMNIST.mirrors[0] + name, url, md5)
         arrays.append(torch.from_numpy(datasets.read_idx(path, shape)))

@@ -274,7 +274,7 @@ def pretrain(
     )
     if not training.history:
         model.update_key_encoder(momentum=0)  # the encoder may have been given with --weights
-    compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
+    compiled = pretraining.choose_compiler(config, training.steps, fabric.device)
     network, stepper = fabric.setup(compiled(model), optimizer)
     key_network = compiled(model.key_encoder)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(info_nce_loss)

@@ -207,7 +207,7 @@ def pretrain(
     training = pretraining.Pretraining(
         model, optimizer, data.train, config, run, fabric, monitor, method, config.views
     )
-    compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
+    compiled = pretraining.choose_compiler(config, training.steps, fabric.device)
     network, stepper = fabric.setup(compiled(model), optimizer)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(nt_xent_loss)
     for epoch in training.epochs():

@@ -193,7 +193,7 @@ def pretrain(
     training = pretraining.Pretraining(
         model, optimizer, data.train, config, run, fabric, monitor, method
     )
-    compiled = pretraining.choose_compiler(config, training.steps_left, fabric.device)
+    compiled = pretraining.choose_compiler(config, training.steps, fabric.device)
     network, stepper = fabric.setup(compiled(model), optimizer)
     on_host = config.augmentation == "randaugment"
     for epoch in training.epochs():

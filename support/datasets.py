@@ -173,6 +173,7 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack an archive that holds one folder, all of it or nothing."""
     import tarfile
 
+    require(hasattr(tarfile, "data_filter"), "unpacking safely needs Python 3.11.4 or newer")
     try:
         with (
             tempfile.TemporaryDirectory(dir=folder.parent) as unpacked,

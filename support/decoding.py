@@ -125,7 +125,9 @@ def _read_with_pillow(path: Path, size: int, stack: str) -> np.ndarray:
         several = getattr(opened, "is_animated", False) and opened.format != "MPO"
         _check_stack(several, stack)
         if opened.format == "PNG" and opened.tile[0].args == "RGB;16B":
-            return _read_16_bit_png(path)
+            return _upright(_read_16_bit_png(path), opened.getexif().get(0x0112, 1))
+        if opened.format == "PNG" and opened.tile[0].args in ("LA;16B", "RGBA;16B"):
+            raise OSError("a PNG of 16 bits with transparency: save it without")
         image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
         image.load()
         if image.getexif().get(0x0112, 1) != 1:
@@ -186,7 +188,18 @@ def _read_tiff(path: Path, rules: PixelRules) -> np.ndarray:
         _check_stack(pages > 1 and pages != rules.channels, rules.stack)
         part: Any = file.pages[0] if rules.stack == "first" else file.series[0]
         _check_size(math.prod(part.shape) // (rules.channels or 1))
-        return _with_channels(part.asarray(), rules.channels)
+        tag = part.keyframe.tags.get(0x0112)
+        return _upright(
+            _with_channels(part.asarray(), rules.channels), int(tag.value) if tag else 1
+        )
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels `(H, W, C)` turned and mirrored as EXIF's orientation says, 1 to 8."""
+    if orientation in (5, 6, 7, 8):  # the first row is the left or right side
+        pixels, orientation = pixels.swapaxes(0, 1), {5: 1, 6: 2, 7: 3, 8: 4}[orientation]
+    turned = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1]}
+    return turned.get(orientation, pixels)
 
 
 def _with_channels(array: np.ndarray, channels: int | None) -> np.ndarray:

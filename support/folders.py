@@ -7,8 +7,10 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from torch import Tensor
 from support import datasets, decoding
 from support.errors import UserError, require
 
-CACHE_VERSION = 2  # raise it when decoding changes
+CACHE_VERSION = 3  # raise it when decoding changes
 
 
 def load_folder(
@@ -109,10 +111,18 @@ def subfolders(folder: Path) -> list[Path]:
 def image_files(
     folder: Path, suffixes: frozenset[str] = decoding.IMAGE_SUFFIXES, recursive: bool = True
 ) -> list[Path]:
-    """The image files below a folder, sorted; other files and hidden ones are passed over."""
+    """The image files below a folder, sorted; other files and hidden ones are passed over.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
     found: list[Path] = []
     seen = set(map(str, Path(os.path.realpath(folder)).parents))  # a link may lead back up
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
         if os.path.realpath(parent) in seen:  # a link in a circle
             folders.clear()
@@ -225,7 +235,8 @@ def _decode_cached(
     listing = "\n".join(lines)
     version = f"{CACHE_VERSION} {size} {rules}\n{listing}".encode(errors="surrogateescape")
     origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    stem = f"{'' if strict else 'readable-'}{folder.resolve().name}-{origin}-{size}-"
+    kind = f"{size}-{zlib.crc32(repr(rules).encode()):08x}"  # others have caches of their own
+    stem = f"{'' if strict else 'readable-'}{folder.resolve().name}-{origin}-{kind}-"
     cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
     shape = (len(paths), rules.channels or 3, size, size)
 
@@ -242,6 +253,9 @@ def _decode_cached(
         return images, broken, value_range or newer
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
+        for draft in cache.parent.glob(".decoding-*"):  # of a process that was killed
+            if time.time() - draft.stat().st_mtime > 86_400:
+                shutil.rmtree(draft, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
             draft = Path(temporary, "images.npy")
             drafted = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
@@ -281,7 +295,7 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int],
 
     None when they are damaged.
     """
-    if not cache.exists():
+    if not os.path.exists(cache):  # nor may it be looked for
         return None
     try:
         # Copy on write: torch wants a writable array, and nothing may reach the file.

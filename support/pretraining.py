@@ -147,7 +147,7 @@ class PretrainingConfig(settings.TrainingConfig):
         for name in ("warmup_epochs", "knn_every", "keep_every", "few_labels"):
             require(getattr(self, name) >= 0, f"{settings.flag(name)} must not be negative")
         require(
-            self.warmup_epochs == 0 or self.warmup_epochs < self.epochs,
+            self.warmup_epochs < self.epochs,
             f"--warmup-epochs {self.warmup_epochs} must be fewer than --epochs {self.epochs}",
         )
 
@@ -332,6 +332,10 @@ class Pretraining:
                 began = time.perf_counter()
                 self._losses = progress.EpochLoss(self.steps, epoch + 1, self.fabric.device)
                 self.model.train()
+                # What networks draw themselves, as for dropout, is the same in a resumed epoch.
+                torch.manual_seed(
+                    devices.epoch_generator(config.seed, epoch, stream=7).initial_seed()
+                )
                 yield epoch
                 self._estimate.stop()
                 devices.synchronize(self.fabric.device)
@@ -450,9 +454,10 @@ class Pretraining:
 def choose_compiler(config: PretrainingConfig, steps: int, device: torch.device) -> Callable:
     """What `--compile` does to a module or a function of tensors: `torch.compile`, or nothing.
 
-    `auto` compiles on CUDA when `steps` are left that win back the minute that it takes.
+    `auto` compiles on CUDA when there are epochs enough, of so many `steps`, to win back the minute
+    that it takes. A resumed run does as it began: other kernels round otherwise.
     """
-    worthwhile = device.type == "cuda" and steps >= 15_000
+    worthwhile = device.type == "cuda" and config.epochs * steps >= 15_000
     if config.compile == "off" or (config.compile == "auto" and not worthwhile):
         return lambda part: part
     # Not dynamic: a schedule of view sizes would compile for all sizes at once, which is slower.
@@ -620,6 +625,8 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
         "pretrain" in config.stage_names or config.resume is not None,
         "--stages without pretrain needs --resume RUN_FOLDER",
     )
+    weights = Path(config.weights or ".").expanduser()
+    require(weights.exists() or config.resume is not None, f"there are no weights at {weights}")
     images = len(data.train)
     require(
         config.batch_size <= images,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import math
 import os
@@ -56,6 +57,12 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     except BrokenPipeError as error:  # of `| head`, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit_with(141, "stopped: nobody reads the output any more", error)
+    except OSError as error:
+        # A place that may not be used, met before anything says what for.
+        closed = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+        if error.filename is None or error.errno not in closed:
+            raise
+        _exit_with(2, f"error: cannot use {error.filename}: {error.strerror}", error)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
@@ -184,9 +191,9 @@ def open_run(
             folder = Path(config.resume)
             stack.enter_context(files.locked(folder, wait=False))
             record = _reopen(folder, config, fingerprint, free, session)
+        files.write_json(folder / "config.json", record)
         for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
             left_behind.unlink(missing_ok=True)
-        files.write_json(folder / "config.json", record)
         log = stack.enter_context(metric_logger(config, folder))
         try:
             yield Run(folder, log)

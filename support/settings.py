@@ -240,7 +240,7 @@ def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: 
         note = "" if default in (None, "", ()) else f" [{shown}]"
         word = field.name if options.get("nargs") == "*" else flag(field.name)
         groups[group].add_argument(
-            word, default=default, help=field.metadata["help"] + note, **options
+            word, default=default, help=field.metadata["help"] + note.replace("%", "%%"), **options
         )
     values = vars(parser.parse_args(arguments)).items()
     changed: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values}

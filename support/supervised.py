@@ -56,6 +56,8 @@ def train_classifier(
         losses = progress.EpochLoss(steps, epoch + 1, inputs.device)
         correct = torch.zeros((), dtype=torch.long, device=inputs.device)
         classifier.train()
+        # What networks draw themselves, as for dropout, is the same in a resumed epoch.
+        torch.manual_seed(devices.epoch_generator(seed, epoch, stream=7).initial_seed())
         for step in range(steps):
             rate = progress.scheduled_rate(peak, epoch * steps + step, epochs * steps, 0, "cosine")
             optimizer.param_groups[0]["lr"] = rate

@@ -32,8 +32,8 @@ def load(folder, size=16, **rules):
     return functions.load_images(str(folder), folder.parent / "data", size, None, rules)
 
 
-def write_png(path, values):
-    """A PNG of 16 bits `(H, W, 3)`, as its specification says (Pillow writes none)."""
+def write_png(path, values, orientation=None):
+    """A PNG of 16 bits `(H, W, 3)` or `(H, W, 4)`, as its specification says (Pillow has none)."""
 
     def chunk(kind, content):
         check = struct.pack(">I", zlib.crc32(kind + content))
@@ -41,8 +41,16 @@ def write_png(path, values):
 
     height, width = values.shape[:2]
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    kind = {3: 2, 4: 6}[values.shape[2]]
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    exif = b""
+    if orientation:
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        exif = chunk(b"eXIf", tags.tobytes().removeprefix(b"Exif\0\0"))
+    parts = (
+        chunk(b"IHDR", header) + exif + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
 
 
@@ -108,6 +116,30 @@ def test_other_types_are_the_same_picture_as_8_bits(
     assert wanted.value_range is None
     assert "white" in str(found)
     assert "white" not in str(wanted)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", pytest.param("tif", marks=needs_tifffile)])
+def test_colour_of_16_bits_is_turned_as_that_of_8_bits_is(tmp_path, kind, orientation):
+    pixels = draw((16, 16, 3))
+    (tmp_path / "in").mkdir()
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "in" / "a.png", exif=tags)
+    path, wide = tmp_path / "in" / f"b.{kind}", (pixels * 257).astype(np.uint16)
+    if kind == "png":
+        write_png(path, wide, orientation)
+    else:
+        write_tiff(path, wide, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    found = load(tmp_path / "in", value_range=(0, 65535)).train.images
+    torch.testing.assert_close(found[0].int(), found[1].int(), atol=1, rtol=0)
+
+
+def test_16_bits_with_transparency_are_refused(tmp_path, user_error):
+    (tmp_path / "in").mkdir()
+    write_png(tmp_path / "in" / "a.png", draw((16, 16, 4), 4096).astype(np.uint16))
+    with user_error("a PNG of 16 bits with transparency"):
+        load(tmp_path / "in")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "tiff", "planar tiff"])

@@ -412,6 +412,38 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     np.testing.assert_array_equal(decode(tmp_path / "a.png", 16), shown.transpose(2, 0, 1))
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, user_error):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with user_error(f"cannot read {tmp_path / 'closed'}: Permission denied"):
+        folders.image_files(tmp_path)
+
+
+def test_other_rules_have_a_cache_of_their_own_and_drafts_of_the_dead_go(tmp_path):
+    (tmp_path / "in").mkdir()
+    for n in range(5):
+        Image.new("RGB", (16, 16), (n, 50, 99)).save(tmp_path / "in" / f"{n}.png")
+    data_dir, cache = tmp_path / "data", tmp_path / "data" / "cache"
+    old, new = cache / ".decoding-old", cache / ".decoding-new"
+    for draft in (old, new):
+        draft.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    for channels in (1, None):
+        rules = decoding.PixelRules(channels=channels)
+        functions.load_images(str(tmp_path / "in"), data_dir, 16, None, rules)
+    assert len(list(cache.glob("*.npy"))) == 2
+    assert not old.exists()
+    assert new.exists()  # another process may be at work there
+
+
 def test_rotated_photo_is_upright(tmp_path):
     stored = np.zeros((300, 400, 3), np.uint8)
     stored[:, :200] = RED  # left as stored is the top as shown with orientation 6

@@ -254,6 +254,8 @@ def test_view_sizes_share_the_epochs(sizes, epochs, sides):
     ("choice", "steps", "device", "compiled"),
     [
         ("auto", 10**6, "cpu", False),
+        ("auto", 5000, "cuda", True),  # in each of three epochs
+        ("auto", 4999, "cuda", False),
         ("auto", 10, "cuda", False),
         ("auto", 10**6, "cuda", True),
         ("on", 10, "cpu", True),
@@ -270,11 +272,12 @@ def test_auto_compiles_long_trainings_on_cuda(monkeypatch, choice, steps, device
 
 
 class Model(nn.Module):
-    """One layer, and a head."""
+    """One layer with dropout, and a head."""
 
     def __init__(self, config, channels, size):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 6))
+        layer = nn.Linear(channels * size * size, 6)
+        self.encoder = nn.Sequential(nn.Flatten(), layer, nn.Dropout(0.1))
         self.encoder.num_features = 6
         self.head = nn.Linear(6, 4)
 

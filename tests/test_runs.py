@@ -346,6 +346,16 @@ def test_a_stage_may_return_what_json_can_hold(tmp_path):
     }  # fmt: skip
 
 
+def test_a_place_that_may_not_be_used_is_one_line(capsys):
+    def closed():
+        raise PermissionError(13, "Permission denied", "/there/config.json")
+
+    with pytest.raises(SystemExit) as caught:
+        runs.exit_cleanly(closed)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: cannot use /there/config.json: Permission denied\n"
+
+
 def test_damaged_summary_is_named(tmp_path, user_error):
     (tmp_path / "summary.json").write_text('{"final_loss": 1')
     with user_error(tmp_path / "summary.json"):
