@@ -19,7 +19,10 @@ help:
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
+NEW_ENOUGH = import sys; sys.version_info >= (3, 11) or sys.exit
 $(INSTALLED): $(REQUIREMENTS)
+	@$(PYTHON) -c '$(NEW_ENOUGH)("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -c '$(NEW_ENOUGH)(".venv is of an older Python: make clean")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	@touch $@
@@ -48,7 +51,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy *.py support
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

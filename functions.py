@@ -238,7 +238,7 @@ class Monitor:
         """
         row = {"embedding_std": embedding_std(z), "rank_me": rank_me(z)}
         if self.knn_every and (epoch % self.knn_every == 0 or last):
-            known = []
+            known: list[Any] = []
             for index in (self.bank, self.queries):
                 known.append(extract_features(encoder, self.train, self.fabric, index=index))
                 known.append(self.train.labels[index.to(self.train.labels.device)])

@@ -326,8 +326,8 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         chosen = line.format(**trial.params)
         print(f"{rank:4} {trial.number:5} {trial.value:7.4f} {chosen}")
     print("Train the winner with:")
-    names = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume", "name"}
-    same = rnn.Config(**{name: getattr(config, name) for name in names})
+    shared = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume", "name"}
+    same = rnn.Config(**{name: getattr(config, name) for name in shared})
     print("  python rnn.py", shlex.join(settings.changed_words(same)), "\\")
     print("    --config", shlex.quote(str(folder / "best.json")))
     return best

@@ -78,7 +78,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def report(title: str, rows: list[dict[str, Any]]) -> None:
+def report(title: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Print a table, and add it to this processor's file in the folder `BENCHMARK_RESULTS`."""
     head = list(dict.fromkeys(name for row in rows for name in row))
     cells = [head] + [[_text(row.get(name)) for name in head] for row in rows]
@@ -90,34 +90,33 @@ def report(title: str, rows: list[dict[str, Any]]) -> None:
             "  " + "  ".join(w.ljust(n) if i == 0 else w.rjust(n) for i, (w, n) in enumerate(words))
         )
     if folder := os.environ.get("BENCHMARK_RESULTS"):
-        path = Path(folder, f"{processor()}.json")
+        path = Path(folder, f"{processor(device)}.json")
         saved = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**saved, "about": about(), title: rows}, indent=2) + "\n")
+        path.write_text(json.dumps({**saved, "about": about(device), title: rows}, indent=2) + "\n")
 
 
-def processor() -> str:
+def processor(device: str) -> str:
     """A file name for this kind of machine: the device, or the CPU and its units for bfloat16."""
     import torch
 
     from support import devices
 
-    if torch.cuda.is_available():
+    if device == "cuda":
         words = devices.hardware("cuda")
     else:
         units = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has none
         best = next((name for unit, name in units.items() if capabilities.get(unit)), "")
         words = f"{devices.hardware('cpu').removesuffix(' CPU')} {best}"
     return "-".join(words.lower().split())
 
 
-def about() -> dict[str, Any]:
+def about(device: str) -> dict[str, Any]:
     """What the numbers depend on besides the code that is measured."""
     import torch
 
     from support import devices
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     packages = ("torch", "torchvision", "numpy", "scikit-learn", "pytorch-lightning")
     return {

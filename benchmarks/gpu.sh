@@ -31,7 +31,7 @@ fi
 # What goes home: logs, tables, records and pictures, but no weights, in archives of under 15 MB. The
 # scores are printed, too, so that they are not lost with an archive.
 pack() {
-  find results -type f \( -name '*.log' -o -name '*.csv' -o -name '*.json' -o -name '*.png' \) |
+  find results docs/results/pilots -type f \( -name '*.log' -o -name '*.csv' -o -name '*.json' -o -name '*.png' \) |
     sort | tar -czf - -T - | split -b 14M - "$out/gpu.tar.gz."
   grep -sHE '"(linear_probe|knn)_accuracy"|seconds"' results/*/gpu-*/summary.json
 }
@@ -74,7 +74,9 @@ fi
 
 [ "$device" = cuda ] && part device nvidia-smi
 part facts "$python" benchmarks/gpu.py --device "$device" facts
-part tests "$python" -m pytest -q tests/test_augment.py tests/test_randaugment.py tests/test_simclr.py
+if "$python" -c 'import pytest' 2>/dev/null; then
+  part tests "$python" -m pytest -q tests/test_augment.py tests/test_randaugment.py tests/test_simclr.py
+fi
 part agree "$python" benchmarks/gpu.py --device "$device" $tiny agree
 part profile "$python" benchmarks/gpu.py --device "$device" $tiny profile
 part epochs "$python" benchmarks/gpu.py --device "$device" epochs simclr "${recipe[@]}"

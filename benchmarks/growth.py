@@ -78,7 +78,7 @@ def main() -> None:
         row = {"encoder": encoder, "stem": stem, "size": size, "batch": batch, "images/s": rate}
         rows.append({**row, "GFLOP/image": flops / 1e9, "of peak": share})
     machine = f"{devices.hardware(device)}, {torch.get_num_threads()} threads, {precision}"
-    report(f"Growth, {machine}, matrix product {peak / 1e9:,.0f} GFLOP/s", rows)
+    report(f"Growth, {machine}, matrix product {peak / 1e9:,.0f} GFLOP/s", rows, device)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,15 @@ def is_finished(folder: Path) -> bool:
     return path.exists() and any(key.endswith(SCORES) for key in files.read_json(path))
 
 
+def check_flags(row: dict[str, str], folder: Path) -> None:
+    """Raise UserError when a row's run was begun with other flags than the row has now."""
+    if (folder / "config.json").exists():
+        mine = [*SHARED[row["script"]], *shlex.split(row["flags"])]
+        words = shlex.split(files.read_json(folder / "config.json")["command"])[1:]
+        alike = words[: len(mine)] == mine
+        require(alike, f"{folder} was run with other flags: rename the row or move the folder")
+
+
 def begin(row: dict[str, str], folder: Path, flags: list[str]) -> subprocess.Popen:
     """Start a row, or go on with it where it was stopped."""
     script = [sys.executable, str(ROOT / f"{row['script']}.py")]
@@ -131,6 +140,8 @@ def main() -> None:
     chosen = [row for row in table if row["name"] in wanted]
     parent = arguments.results / arguments.table.stem
     folders = {row["name"]: parent / row["script"] / row["name"] for row in chosen}
+    for row in chosen:
+        check_flags(row, folders[row["name"]])
     for row in run_side_by_side(chosen, folders, flags, arguments.jobs):
         scores[row["name"]] = read_score(row, folders[row["name"]])
         files.write_csv(path, list(scores.values()))

@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs no file that is open for reading
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:

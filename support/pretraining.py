@@ -11,10 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
+import os
 import re
 import shlex
+import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -451,13 +455,21 @@ class Pretraining:
         return columns
 
 
+def can_compile() -> bool:
+    """Whether there is what Triton builds its launcher with: a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return bool(compiler) and header.exists() and importlib.util.find_spec("triton") is not None
+
+
 def choose_compiler(config: PretrainingConfig, steps: int, device: torch.device) -> Callable:
     """What `--compile` does to a module or a function of tensors: `torch.compile`, or nothing.
 
     `auto` compiles on CUDA when there are epochs enough, of so many `steps`, to win back the minute
-    that it takes. A resumed run does as it began: other kernels round otherwise.
+    that it takes, and a compiler is there. A resumed run does as it began: other kernels round
+    otherwise.
     """
-    worthwhile = device.type == "cuda" and config.epochs * steps >= 15_000
+    worthwhile = device.type == "cuda" and config.epochs * steps >= 15_000 and can_compile()
     if config.compile == "off" or (config.compile == "auto" and not worthwhile):
         return lambda part: part
     # Not dynamic: a schedule of view sizes would compile for all sizes at once, which is slower.

@@ -36,10 +36,14 @@ def digits():
     return functions.load_images("digits")
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+each_precision = pytest.mark.parametrize("trained", ["float32", "bfloat16"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def trained(request, tmp_path_factory, digits):
-    """A finished run in each precision, and 40 of its test images and 5 of its training images."""
-    home = tmp_path_factory.mktemp(request.param)
+    """A finished run, and 40 of its test images and 5 of its training images."""
+    precision = getattr(request, "param", "float32")
+    home = tmp_path_factory.mktemp(precision)
     config = simclr.Config(
         dataset="digits",
         data_dir=str(home / "data"),
@@ -53,13 +57,13 @@ def trained(request, tmp_path_factory, digits):
         knn_every=0,
         stages="pretrain,probe",
         device="cpu",
-        precision=request.param,
+        precision=precision,
     )
     simclr.main(config)
     run = home / "results" / "simclr" / "run"
     tests = write_digits(home / "images" / "seen later", digits.test, range(40))
     training = write_digits(home / "images" / "seen", digits.train, range(5))
-    fabric = devices.make_fabric("cpu", request.param)
+    fabric = devices.make_fabric("cpu", precision)
     encoder = encoders.make_encoder("small", "cifar", 1, 8).to(memory_format=torch.channels_last)
     encoder.load_state_dict(checkpoints.load_tensors(run / "encoder.safetensors")[0])
     features = {
@@ -97,6 +101,7 @@ def position(path):
 # -------------------------------------------------------------------------- features and probe
 
 
+@each_precision
 def test_features_are_those_of_the_runs_evaluation(trained, embedded):
     paths = embedded.arrays["paths"].tolist()
     names = [f"seen/{name}" for name in trained.training]
@@ -107,6 +112,7 @@ def test_features_are_those_of_the_runs_evaluation(trained, embedded):
         assert np.array_equal(features, part[position(path)])
 
 
+@each_precision
 @pytest.mark.parametrize("count", [1, 2, 3, 501])
 def test_features_do_not_depend_on_how_many_images_there_are(
     trained, digits, tmp_path, monkeypatch, count
@@ -122,6 +128,7 @@ def test_features_do_not_depend_on_how_many_images_there_are(
         assert np.array_equal(features, trained.test[position(path)])
 
 
+@each_precision
 def test_classes_are_those_that_the_run_predicted(trained, embedded, digits):
     predicted = files.read_arrays(trained.run / "predictions.npz")["predictions"]
     probe = checkpoints.load_tensors(trained.run / "probe.safetensors")[0]

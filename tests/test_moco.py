@@ -9,13 +9,13 @@ import pytest
 import torch
 from lightly.loss import NTXentLoss
 from safetensors.torch import load_file
-from test_pretraining import compute_in_float64, make_data, metrics, state_of, without_times
+from test_pretraining import compute_in_float64, make_data, metrics, state_of, train, without_times
 from torch import nn
 
 import compare
 import functions
 import moco
-from support import devices, encoders, frozen, pretraining, runs, settings
+from support import devices, encoders, frozen, pretraining, settings
 
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json embeddings.npz "
@@ -48,9 +48,7 @@ def make_model(config, seed=0):
 
 
 def pretrain(folder, config, data, fabric, seed=0, model=None):
-    model = model or make_model(config, seed)
-    folder.mkdir(exist_ok=True)
-    return moco.pretrain(model, data, config, runs.Run(folder), fabric), model
+    return train(moco, folder, model or make_model(config, seed), config, data, fabric)
 
 
 def assert_same(a, b):

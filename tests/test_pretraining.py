@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import functions
 from support import (
     augment,
     checkpoints,
@@ -264,8 +266,12 @@ def test_view_sizes_share_the_epochs(sizes, epochs, sides):
 )
 def test_auto_compiles_long_trainings_on_cuda(monkeypatch, choice, steps, device, compiled):
     monkeypatch.setattr(torch, "compile", lambda part, **options: ("compiled", part))
+    monkeypatch.setattr(pretraining, "can_compile", lambda: True)
     made = pretraining.choose_compiler(Config(compile=choice), steps, torch.device(device))(abs)
     assert made == (("compiled", abs) if compiled else abs)
+    monkeypatch.setattr(pretraining, "can_compile", lambda: False)
+    made = pretraining.choose_compiler(Config(compile=choice), steps, torch.device(device))(abs)
+    assert made == (("compiled", abs) if choice == "on" else abs)
 
 
 # ------------------------------------------------------------------------------- the epochs
@@ -340,6 +346,13 @@ def pretrain(model, data, config, run, fabric):
             loss.backward()
             optimizer.step()
     return training.history
+
+
+def train(module, folder, model, config, data, fabric):
+    """A script's pretraining, without its pictures, which take longer than tiny trainings."""
+    folder.mkdir(exist_ok=True)
+    with mock.patch.multiple(functions, plot_views=mock.DEFAULT, plot_loss=mock.DEFAULT):
+        return module.pretrain(model, data, config, runs.Run(folder), fabric), model
 
 
 def without_times(rows):

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from test_pretraining import compute_in_float64, make_data, metrics, noise, state_of, without_times
+from test_pretraining import (
+    compute_in_float64,
+    make_data,
+    metrics,
+    noise,
+    state_of,
+    train,
+    without_times,
+)
 from test_simclr_loss import loop_over_positives
 
 import evaluation
@@ -159,9 +167,7 @@ def naive_embedding(model, projection, x):
 
 
 def pretrain(folder, config, data, fabric, seed=0, model=None):
-    model = model or make_model(config, seed)
-    folder.mkdir(exist_ok=True)
-    return simclr.pretrain(model, data, config, runs.Run(folder), fabric), model
+    return train(simclr, folder, model or make_model(config, seed), config, data, fabric)
 
 
 @pytest.mark.parametrize(
@@ -604,7 +610,7 @@ def test_a_small_folder_goes_through_every_stage(tmp_path, capsys, labels):
 
 def test_real_images(tmp_path, monkeypatch):
     if not CIFAR10_IMAGES.is_dir():
-        pytest.skip(f"{CIFAR10_IMAGES} is not here (README, 'Data')")
+        pytest.skip(f"{CIFAR10_IMAGES} is not here")
     whole = functions.load_images(str(CIFAR10_IMAGES), REPOSITORY / "data")
     few = datasets.hold_out(whole.train, 0.02)[1], datasets.hold_out(whole.test, 0.05)[1]
     part = dataclasses.replace(whole, train=few[0], test=few[1])

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import shlex
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def test_every_value_reaches_the_training(tmp_path, name, value):
     assert (found.dataset, found.image_size, found.encoder) == ("digits", 16, "small")
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_four_views_are_trained_half_as_many_epochs(tmp_path):
     config = make_config(tmp_path)
     epochs = [
@@ -51,6 +53,18 @@ def test_four_views_are_trained_half_as_many_epochs(tmp_path):
         for views, epochs in [(2, 6), (4, 6), (4, 2)]
     ]
     assert epochs == [6, 3, 1]
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+    """A study that is in no database: trials that train nothing would wait for its commits."""
+
+    def open_study(config, folder, direction, pruner):
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(direction=direction)
+        return study, study._storage
+
+    monkeypatch.setattr(sweep, "_open_study", open_study)
 
 
 def run_search(tmp_path, trials, value, **changes):
@@ -68,6 +82,7 @@ def run_search(tmp_path, trials, value, **changes):
         return config, search.study.get_trials()
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_the_best_third_of_each_rung_goes_on_and_the_best_three_are_confirmed(tmp_path):
     config, trials = run_search(tmp_path, 40, lambda p: p["temperature"] + 0.001 * p["epochs"])
     assert config.rungs == [2, 6, 18]
@@ -101,6 +116,7 @@ def test_the_best_third_of_each_rung_goes_on_and_the_best_three_are_confirmed(tm
     assert {t.params["epochs"] for t in confirmation if t.params["seed"] > 0} == {18}
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_the_winner_has_the_best_mean_of_those_confirmed(tmp_path):
     def lucky(p):  # The best of the search owes it to the seed.
         return p["temperature"] - 0.5 * (p["temperature"] > 0.8 and p["seed"] > 0)
@@ -121,6 +137,7 @@ def test_the_winner_has_the_best_mean_of_those_confirmed(tmp_path):
     assert confirmed[0]["score"] == max(row["score"] for row in confirmed)
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_failed_trials_count_among_those_of_a_rung_but_never_go_on(tmp_path):
     def value(p):
         if p["temperature"] > 0.3:
@@ -133,6 +150,7 @@ def test_failed_trials_count_among_those_of_a_rung_but_never_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(("trials", "searched"), [(3, 3), (6, 3), (12, 6), (18, 9), (30, 21)])
+@pytest.mark.usefixtures("in_memory")
 def test_at_most_half_of_the_trials_confirm(tmp_path, trials, searched):
     _config, made = run_search(tmp_path, trials, lambda p: p["temperature"], max_epochs=2)
     assert len(made) == trials
@@ -142,6 +160,7 @@ def test_at_most_half_of_the_trials_confirm(tmp_path, trials, searched):
     assert sorted(seeds) == sorted([1, 2] * (len(seeds) // 2))
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_trials_that_run_leave_the_confirmation_its_share(tmp_path):
     config = make_config(tmp_path, trials=20, max_epochs=2)
     open_sweep = sweep.open_sweep(
@@ -159,6 +178,7 @@ def test_trials_that_run_leave_the_confirmation_its_share(tmp_path):
     assert [row["seeds"] for row in ranked[:3]] == [3, 3, 3]
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_what_diverged_with_any_seed_does_not_win(tmp_path):
     def value(p):
         if p["seed"] == 2 and p["temperature"] > 0.5:

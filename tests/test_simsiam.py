@@ -11,13 +11,21 @@ import torch
 from lightly.loss import NegativeCosineSimilarity
 from PIL import Image
 from safetensors.torch import load_file
-from test_pretraining import compute_in_float64, make_data, metrics, noise, state_of, without_times
+from test_pretraining import (
+    compute_in_float64,
+    make_data,
+    metrics,
+    noise,
+    state_of,
+    train,
+    without_times,
+)
 from test_randaugment import naive_chains
 from torch import nn
 
 import functions
 import simsiam
-from support import devices, pretraining, randaugment, runs, settings
+from support import devices, pretraining, randaugment, settings
 
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png views.png "
@@ -48,9 +56,7 @@ def make_model(config, seed=0, channels=3, size=8):
 
 
 def pretrain(folder, config, data, fabric, seed=0, model=None):
-    model = model or make_model(config, seed)
-    folder.mkdir(exist_ok=True)
-    return simsiam.pretrain(model, data, config, runs.Run(folder), fabric), model
+    return train(simsiam, folder, model or make_model(config, seed), config, data, fabric)
 
 
 def assert_same(a, b):
