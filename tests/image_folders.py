@@ -1,9 +1,16 @@
 """Folders of images of one colour each, which tell where an image of a data set comes from."""
 
+import sys
+
+import pytest
 import torch
 from PIL import Image
 
 import functions
+
+needs_names_of_bytes = pytest.mark.skipif(
+    sys.platform in ("darwin", "win32"), reason="file names must be Unicode there"
+)
 
 
 def make_folder(root, *names):

@@ -264,6 +264,7 @@ def start(folder, *flags):
     )
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_devices_on_the_command_line(tmp_path):
     process = start(tmp_path, "--epochs", "2")
     out, err = process.communicate(timeout=120)

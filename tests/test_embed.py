@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from image_folders import needs_names_of_bytes
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
@@ -305,6 +306,7 @@ def test_colour_images_become_pillows_grey_for_a_grey_encoder():
     assert np.array_equal(seen[0, 0, :10].numpy(), pixels[:10, :, 0])
 
 
+@needs_names_of_bytes
 def test_name_that_is_no_utf8_is_kept_and_spelled_in_the_tables(colour_file, tmp_path):
     (tmp_path / "in").mkdir()
     name = os.fsdecode(b"caf\xe9.png")

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -129,6 +130,7 @@ def write_run(folder, weights):
     return folder
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
 def test_a_release_has_the_weights_and_cards_of_reproduced_runs_with_their_sums(
     tmp_path, monkeypatch, capsys
 ):
