@@ -1,7 +1,7 @@
 """Search SimCLR's settings for a data set, also for a folder of images that has no labels.
 
     python simclr_hyperparameter_tune.py --dataset path/to/images --encoder small
-    python simclr_hyperparameter_tune.py --dataset digits --encoder small --trials 20 --max-epochs 9
+    python simclr_hyperparameter_tune.py --dataset digits --encoder small --trials 20 --max-epochs 6
     python simclr_hyperparameter_tune.py --resume results/simclr_hyperparameter_tune/NAME
 
 A trial is a whole training of simclr.py, its schedule annealed to a few epochs, and a score of the
@@ -274,6 +274,7 @@ def main(config: Config) -> dict[str, Any]:
     lowest |= {"views": max(SPACE["views"]), "epochs": config.rungs[0], "seed": 0}
     trained_config(config, lowest)
     print(data)
+    print("trials of", ", ".join(map(str, config.rungs)), "epochs, of four views half as many")
     if config.objective == "rotation":
         print(
             "the rotation probe needs images with an upright orientation; textures, cells or aerial"
