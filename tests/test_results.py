@@ -180,6 +180,19 @@ def test_three_methods_are_what_was_measured():
         assert row["10 labels per class"] == f"{100 * few:.1f}"
 
 
+def test_the_scores_without_labels_are_what_was_measured():
+    said = table("docs/results.md", "## Settings without labels")
+    for data, name in (("FashionMNIST", "fashion-mnist"), ("CIFAR-10 JPEG", "cifar10")):
+        with (ROOT / f"docs/results/simclr-sweep-{name}/audit.csv").open(newline="") as file:
+            rows = {row["score"]: row for row in csv.DictReader(file)}
+        assert [row["score"] for row in said] == list(rows)
+        for line in said:
+            row = {k: float(v) for k, v in rows[line["score"]].items() if k != "score"}
+            interval = f"[{row['linear_low']:.2f}, {row['linear_high']:.2f}]"
+            assert line[data] == f"{row['linear']:.2f} {interval}"
+            assert line[f"{data}, behind"] == f"{100 * row['behind']:.1f}"
+
+
 def test_the_speed_table_says_what_was_measured():
     command = [sys.executable, str(ROOT / "benchmarks/table.py")]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -216,7 +229,7 @@ def test_a_result_is_run_again_with_its_settings(path, tmp_path, monkeypatch):
             assert getattr(config, field.name) == settings.value_before(field)
     # Whatever else was a setting then must mean what the script does now.
     known = {field.name for field in dataclasses.fields(config_class)} | compare.NOT_COMPARED
-    known |= {"labels", "label_seeds", "label_steps"}  # of what few_labels.py has replaced
+    known |= {"data", "labels", "label_seeds", "label_steps"}  # of what few_labels.py has replaced
     others = {key: committed[key] for key in committed.keys() - known - {"computed_in"}}
     assert others.items() <= {"finetune": False}.items()
     folder = tmp_path / "results" / script / "again"
