@@ -59,7 +59,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return rnn.load_splits(rnn.Config(dataset="digits", train_fraction=0.3))
+    return rnn.load_splits(rnn.Config(dataset="digits"))
 
 
 def test_the_space_is_the_published_one():
