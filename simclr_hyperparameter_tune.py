@@ -198,7 +198,9 @@ def best_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
     or with any seed is left out.
     """
     same = {"epochs": config.rungs[0], "seed": config.seed}
-    failed = [{**parameters_of(t), **same} for t in trials if t.state.name == "FAIL"]
+    # What was stopped or killed fails, too, and is run again.
+    ended = [t for t in trials if t.state.name == "FAIL" and sweep.is_finished(t)]
+    failed = [{**parameters_of(t), **same} for t in ended]
     found: list[dict[str, Any]] = []
     for rung in reversed(config.rungs):
         for trial in on_rung(trials, rung, config.seed):
