@@ -349,11 +349,12 @@ def with_data_of_runs(config: Config) -> Config:
         len(names) == 1 or bool(config.dataset),
         f"the runs are of several data sets: {', '.join(names)}",
     )
-    told: dict[str, Any] = {}
-    for name in ("image_size", "channels", "value_range", "stack"):
-        for record in records[:1]:
-            value = record.get(name, getattr(config, name))
-            told[name] = tuple(value) if isinstance(value, list) else value
+    first = records[0] if records else {}
+    told: dict[str, Any] = {
+        name: first[name] for name in ("image_size", "channels", "stack") if name in first
+    }
+    if first.get("value_range"):
+        told["value_range"] = tuple(first["value_range"])
     return dataclasses.replace(config, dataset=config.dataset or names[0], **told)
 
 

@@ -637,8 +637,9 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
         "pretrain" in config.stage_names or config.resume is not None,
         "--stages without pretrain needs --resume RUN_FOLDER",
     )
-    weights = Path(config.weights or ".").expanduser()
-    require(weights.exists() or config.resume is not None, f"there are no weights at {weights}")
+    if config.weights is not None and config.resume is None:
+        path = Path(config.weights).expanduser()
+        require(path.is_file(), f"there are no weights at {path}")
     images = len(data.train)
     require(
         config.batch_size <= images,

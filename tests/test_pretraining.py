@@ -841,3 +841,10 @@ def test_a_finished_run_is_evaluated_again_with_other_settings_of_evaluation_onl
     for name, value in {"epochs": 2, "jitter_probability": 0.1, "weight_decay": 1.0}.items():
         with pytest.raises(UserError, match=flags.flag(name)):
             experiment(dataclasses.replace(config, **{name: value}))
+
+
+def test_weights_that_are_not_there_use_up_no_name(tmp_path, user_error):
+    for place in ("typo.pt", "."):  # a folder is no file of weights
+        with user_error("there are no weights at"):
+            experiment(make_config(tmp_path / "out", weights=str(tmp_path / place)))
+    assert not (tmp_path / "out").exists()
