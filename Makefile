@@ -11,7 +11,7 @@ help:
 	@echo "make cpu-hour  SimCLR on CIFAR-10, an hour on two cores; DATASET=path for a folder"
 	@echo "make test    lint and tests"
 	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
-	@echo "make bench   speed and memory beside the alternatives: half an hour; DATASET=path for CIFAR-10"
+	@echo "make bench   speed and memory beside the alternatives; DATASET=path for CIFAR-10"
 	@echo "make reproduce-NAME  run what docs/results/NAME comes from; DATASET=cifar10 for another source"
 	@echo "make ... LOCKED=1  with exactly the versions that were tested, those of requirements.lock"
 	@echo "make lock    write requirements.lock with the versions that .venv has"

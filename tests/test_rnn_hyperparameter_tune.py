@@ -322,7 +322,6 @@ def test_a_run_of_other_images_is_refused(tmp_path, tiny, user_error):
         pass
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_no_trial_running(tmp_path):
     command = [sys.executable, str(REPOSITORY / "rnn_hyperparameter_tune.py"), "--trials", "200"]
     command += ["--dataset", "digits", "--cell", "rnn", "--name", "run", "--max-epochs", "1"]
