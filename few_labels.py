@@ -10,9 +10,9 @@ method, mean ± sd over runs and draws. Writes a row per training to `few_labels
 `scores.csv`, `differences.csv`, `table.md` and `few_labels.png`.
 
 No method chooses anything by a draw: settings are fixed, every training takes `--steps` steps, and
-its last weights count. So all drawn labels are there to train with. Crops, the rate of fine-tuning
-and the number of neighbours were chosen on held-out training images; FixMatch's settings have not
-been yet (`python benchmarks/pilots.py docs/results/pilots/few_labels.csv RUN` does it).
+its last weights count. So all drawn labels are there to train with. The settings were chosen on
+held-out training images by `python benchmarks/pilots.py docs/results/pilots/few_labels.csv RUN`;
+FixMatch's are the paper's.
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ import reproduce
 
 import compare
 import functions
+import rnn
 from support import settings
 
 ROOT = Path(functions.__file__).resolve().parent
 RESULTS = reproduce.find_configs()
+SHAPE = {"hidden_size", "num_layers", "bidirectional", "pooling"}
 
 
 def table(page, heading):
@@ -57,9 +59,11 @@ def is_time(text, runs):
 
 
 def is_processor(text, name):
-    """Whether a README's `2 Xeon or EPYC cores` are what a result's config.json files say."""
-    cores, processors = re.fullmatch(r"(\d) (.*) cores?", text).groups()
+    """Whether a README's `2 Xeon or EPYC cores` or `H100` is what the config.json files say."""
     configs = [json.loads(path.read_text()) for path in reproduce.find_configs(name)]
+    if "core" not in text:  # a GPU
+        return all(text in config["hardware"].split() for config in configs)
+    cores, processors = re.fullmatch(r"(\d) (.*) cores?", text).groups()
     known = {(str(config["threads"]), config["hardware"].split()[1]) for config in configs}
     return {(cores, processor) for processor in processors.split(" or ")} <= known
 
@@ -103,25 +107,53 @@ def test_the_hour_is_what_was_measured():
         assert row["minutes"] == minutes.split()[0]
 
 
+def test_four_views_are_what_was_measured():
+    ((_, linear, near, *_),) = [shown(runs) for runs in measured("simclr-four-views")]
+    text = " ".join((ROOT / "docs/cpu_hour.md").read_text().split())
+    assert f"{linear} % in the linear probe and {near} % by kNN" in text
+    with (ROOT / "docs/results/pilots/simclr-scores.csv").open(newline="") as file:
+        scores = {row["name"]: row for row in csv.DictReader(file)}
+    for row in table("docs/cpu_hour.md", "## What has been tried since"):
+        for column in ("linear probe", "kNN"):
+            score = float(scores[row["pilot"]][f"{column.lower().replace(' ', '_')}_accuracy"])
+            assert row[column] == f"{score:.1%}".replace("%", " %")
+
+
 def test_the_cells_are_what_was_measured():
-    names = [
-        path.name for path in (ROOT / "docs/results").glob("rnn-*") if "sweep" not in path.name
-    ]
-    runs = [group[0] for name in names if name != "rnn-exploration" for group in measured(name)]
-    known = {
-        (
-            r.cell.upper(),
-            f"{r.summary['validation_accuracy']:.1%} / {r.summary['test_accuracy']:.1%}",
-        )
-        for r in runs
-    }
-    said = {
-        (cell, pair.replace(" / ", "% / ").replace(" %", "%"))
-        for row in table("docs/row_by_row.md", "# Row by row")
-        for cell, pair in row.items()
-        if cell and pair
-    }
-    assert said == known
+    known = []
+    results = (ROOT / "docs/results").glob("rnn-*")
+    for folder in (path for path in results if any(path.rglob("summary*.json"))):  # no sweeps
+        for runs in measured(folder.name):
+            settings_of_run = runs[0].settings
+            config = rnn.Config(**{k: settings_of_run[k] for k in SHAPE & settings_of_run.keys()})
+            weights = rnn.RowRNN(config, runs[0].cell, 96, 10).parameters()
+            seeds, validation, test, *_ = shown(runs)
+            known.append(
+                {
+                    "cell": runs[0].cell.upper(),
+                    "directions": "2" if config.bidirectional else "1",
+                    "layers": str(config.num_layers),
+                    "units": str(config.hidden_size),
+                    "MLP sees": {"last": "last row", "mean": "mean"}[config.pooling],
+                    "augmented": "no" if settings_of_run["augmentation"] == "none" else "yes",
+                    "parameters": f"{sum(w.numel() for w in weights) / 1e6:.2f} M",
+                    "epochs": str(len(runs[0].rows)),
+                    "seeds": seeds,
+                    "minutes": f"{statistics.mean(r.summary['seconds'] for r in runs) / 60:.0f}",
+                    "validation": validation,
+                    "test": test,
+                    "`make reproduce-`": f"`{folder.name}`",
+                }
+            )
+    said = table("docs/row_by_row.md", "# Row by row")
+    assert sorted(said, key=str) == sorted(known, key=str)
+
+
+def test_the_pilots_of_the_cells_are_what_was_measured():
+    with (ROOT / "docs/results/pilots/rows-scores.csv").open(newline="") as file:
+        scores = {row["name"]: float(row["validation_accuracy"]) for row in csv.DictReader(file)}
+    said = {row["pilot"]: row["validation"] for row in table("docs/row_by_row.md", "## What helps")}
+    assert said == {name: f"{score:.1%}".replace("%", " %") for name, score in scores.items()}
 
 
 def test_simsiams_pilots_are_what_was_measured():
