@@ -554,13 +554,13 @@ def _serve(connection: Any, make_objective: Callable[[], Objective], workers: in
     pool.begin_worker(workers)
     with contextlib.suppress(EOFError, ConnectionError):  # The parent may die.
         try:
-            objective, message = make_objective(), None
+            objective = make_objective()
+            connection.send(None)
+            while True:
+                trial = RemoteTrial(connection, connection.recv())
+                connection.send(run_objective(objective, trial))
         except UserError as error:
-            message = error
-        connection.send(message)
-        while True:
-            trial = RemoteTrial(connection, connection.recv())
-            connection.send(run_objective(objective, trial))
+            connection.send(error)
 
 
 # the results

@@ -82,6 +82,10 @@ def make_mistake():
     raise UserError("the data are gone")
 
 
+def make_late_mistake():
+    return lambda trial: make_mistake()
+
+
 def make_bug():
     return {}["a bug"]
 
@@ -261,9 +265,11 @@ def test_workers_are_not_replaced_without_end(
     assert sweep.Worker.made <= made
 
 
-def test_a_mistake_that_a_worker_finds_ends_the_sweep(tmp_path, user_error):
+@pytest.mark.parametrize("make", [make_mistake, make_late_mistake])
+def test_a_mistake_that_a_worker_finds_ends_the_sweep(tmp_path, user_error, capfd, make):
     with user_error("the data are gone"):
-        run(tmp_path, make_mistake, workers=2)
+        run(tmp_path, make, workers=2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # databases and their addresses
