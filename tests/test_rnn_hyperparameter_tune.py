@@ -338,7 +338,7 @@ def test_ctrl_c_leaves_no_trial_running(tmp_path):
     while messages is None:  # Python drops a signal that falls into a destructor: press again
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _, messages = process.communicate(timeout=10)
+            _, messages = process.communicate(timeout=40)
     assert process.returncode == 130, messages
     assert "stopped by Ctrl-C" in messages
     assert "--resume" in messages
