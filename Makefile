@@ -12,7 +12,7 @@ help:
 	@echo "make test    lint and tests"
 	@echo "make test-faults  kills, full disks, damaged files: hours; FAULT_COUNT=20 for a sample"
 	@echo "make bench   speed and memory beside the alternatives; DATASET=path for CIFAR-10"
-	@echo "make reproduce-NAME  run what docs/results/NAME comes from; DATASET=cifar10 for another source"
+	@echo "make reproduce-NAME  run a row of the README's table, or a sweep, again; DATASET=cifar10 for another source"
 	@echo "make ... LOCKED=1  with exactly the versions that were tested, those of requirements.lock"
 	@echo "make lock    write requirements.lock with the versions that .venv has"
 	@echo "make release  encoders and checksums of reproduced runs, or of RUNS='folder ...', in release/"

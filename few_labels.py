@@ -11,8 +11,8 @@ method, mean ± sd over runs and draws. Writes a row per training to `few_labels
 
 No method chooses anything by a draw: settings are fixed, every training takes `--steps` steps, and
 its last weights count. So all drawn labels are there to train with. The settings were chosen on
-held-out training images by `python benchmarks/pilots.py docs/results/pilots/few_labels.csv RUN`;
-FixMatch's are the paper's.
+held-out training images, some in an older study, some by `python benchmarks/pilots.py
+docs/results/pilots/few_labels.csv RUN`; FixMatch's are the paper's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Config(classifiers.MethodConfig, dataset=""):
     evaluate_on: Literal["test", "validation"] = setting(
         "test", "data", "validation: a tenth of the training images, to choose settings by"
     )
-    methods: str = setting("all", "comparison", "names with commas between them")
+    methods: str = setting("all", "comparison", f"of {', '.join(classifiers.METHODS)}")
     labels: str = setting(
         "10,40,100,250,1000,4000,all", "comparison", "how many labels, of all classes together"
     )

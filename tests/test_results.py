@@ -301,6 +301,16 @@ def test_a_target_of_make_has_the_settings_of_its_result(target, result):
     assert_same_settings(config, committed)
 
 
+def test_the_winner_of_a_sweep_is_told():
+    told = {path.parent: reproduce.best_of_sweep(path.parent) for path in RESULTS if is_sweep(path)}
+    assert len(told) >= 4
+    assert all(re.search(r"\d\.\d{3} in ", line) for line in told.values())
+
+
+def is_sweep(path):
+    return (path.parent / "best.json").exists()
+
+
 def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
     # A short result of a version whose default of --patience was another, and without --dropout.
     result = {"script": "rnn", "dataset": "digits", "cells": "rnn", "epochs": 1, "seed": 7}

@@ -95,6 +95,14 @@ def compare_scores(committed: Sequence[compare.Run], here: Sequence[compare.Run]
     return lines
 
 
+def best_of_sweep(folder: Path) -> str:
+    """A line on the winner of a sweep: rnn.py's have a loss, simclr.py's a score without labels."""
+    best = json.loads((folder / "best.json").read_text())
+    if "validation_loss" in best:
+        return f"best validation loss {best['validation_loss']:.3f} in {folder}"
+    return f"best score by {best['objective']} {best['score']:.3f} in {folder}"
+
+
 def main() -> None:
     """Do all runs of the result that the first argument names."""
     known = sorted({path.relative_to(RESULTS).parts[0] for path in find_configs()})
@@ -115,9 +123,7 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(done.returncode)
     if not (folders[0] / "summary.json").exists():  # a sweep
-        for folder in (source, folders[0]):
-            loss = json.loads((folder / "best.json").read_text())["validation_loss"]
-            print(f"best validation loss {loss:.3f} in {folder}")
+        print(*map(best_of_sweep, (source, folders[0])), sep="\n")
         return
     committed = read_committed(source.name)
     here = dict(
