@@ -113,7 +113,9 @@ def test_four_views_are_what_was_measured():
     assert f"{linear} % in the linear probe and {near} % by kNN" in text
     with (ROOT / "docs/results/pilots/simclr-scores.csv").open(newline="") as file:
         scores = {row["name"]: row for row in csv.DictReader(file)}
-    for row in table("docs/cpu_hour.md", "## What has been tried since"):
+    said = table("docs/cpu_hour.md", "## What has been tried since")
+    assert {row["pilot"] for row in said} == scores.keys() - {"base"}
+    for row in said:
         for column in ("linear probe", "kNN"):
             score = float(scores[row["pilot"]][f"{column.lower().replace(' ', '_')}_accuracy"])
             assert row[column] == f"{score:.1%}".replace("%", " %")
