@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
+# Python compiles what it imports; compiling all that is installed takes longer than the download.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # LOCKED=1 installs exactly the versions of requirements.lock.
 REQUIREMENTS = requirements.$(if $(LOCKED),lock,txt)
 INSTALLED = .venv/installed$(if $(LOCKED),-locked)
@@ -24,11 +26,11 @@ $(INSTALLED): $(REQUIREMENTS)
 	@$(PYTHON) -c '$(NEW_ENOUGH)("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@[ ! -x $(BIN)/python ] || $(BIN)/python -c '$(NEW_ENOUGH)(".venv is of an older Python: make clean")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(INSTALL) -r $(REQUIREMENTS)
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 install: $(INSTALLED)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     stops = {128 + number: number.name for number in _stopping_signals()}
     for number in _stopping_signals():
         signal.signal(number, stop)
+    sys.unraisablehook = _stop_again_or(sys.unraisablehook)
     show_lines_at_once()
     try:
         call()
@@ -80,6 +82,28 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
 
 def _stopping_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+
+
+def _stop_again_or(show: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook for exceptions that Python drops, as it does with those raised in a destructor.
+
+    Ctrl-C or another signal that came just then is given once more, a moment later.
+    """
+
+    def hook(dropped: Any) -> None:
+        error = dropped.exc_value
+        stops: dict[Any, int] = {128 + number: number for number in _stopping_signals()}
+        code = error.code if isinstance(error, SystemExit) else None
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else stops.get(code)
+        if number is None:
+            show(dropped)
+            return
+        main = threading.main_thread().ident
+        timer = threading.Timer(0.1, signal.pthread_kill, [main, number])
+        timer.daemon = True
+        timer.start()
+
+    return hook
 
 
 def show_lines_at_once() -> None:

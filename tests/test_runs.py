@@ -370,8 +370,9 @@ def signals():
     """Signals as a script in a terminal finds them; afterwards as they were."""
     terminate = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not handled"))
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    user = signal.getsignal(signal.SIGUSR1)
+    user, hook = signal.getsignal(signal.SIGUSR1), sys.unraisablehook
     yield
+    sys.unraisablehook = hook
     signal.signal(signal.SIGUSR1, user)
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, interrupt)
@@ -379,6 +380,23 @@ def signals():
 
 def send(number):
     os.kill(os.getpid(), number)
+    time.sleep(5)
+
+
+def send_to_destructors(number):
+    """Let the signal come in a destructor, and again in another one when it is repeated."""
+
+    class First:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    class Second:
+        def __del__(self):
+            time.sleep(0.5)
+
+    first, second = First(), Second()
+    del first
+    del second
     time.sleep(5)
 
 
@@ -395,12 +413,15 @@ def throw(error):
         (lambda: send(signal.SIGINT), 130, ["Ctrl-C"]),
         (lambda: send(signal.SIGTERM), 143, ["SIGTERM"]),
         (lambda: send(signal.SIGUSR1), 138, ["SIGUSR1"]),
+        (lambda: send_to_destructors(signal.SIGINT), 130, ["Ctrl-C"]),
+        (lambda: send_to_destructors(signal.SIGTERM), 143, ["SIGTERM"]),
         (lambda: torch.empty(2**62, dtype=torch.uint8), 1, ["out of memory", "--batch-size"]),
         (lambda: throw(MemoryError()), 1, ["out of memory", "--batch-size"]),
     ],
     ids=[
         *("success", "mistake", "divergence", "Ctrl-C", "SIGTERM"),
-        *("SIGUSR1", "PyTorch's memory", "Python's memory"),
+        *("SIGUSR1", "Ctrl-C in destructors", "SIGTERM in destructors"),
+        *("PyTorch's memory", "Python's memory"),
     ],
 )
 def test_exit_codes_and_the_command_to_go_on(
@@ -425,6 +446,17 @@ def test_exit_codes_and_the_command_to_go_on(
     # What is copied from "python" to the end of the line must work.
     command = shlex.split(line[line.index("python simclr.py") :])
     assert command[-2:] == ["--resume", str(tmp_path / "simclr" / "run")]
+
+
+def test_other_errors_of_a_destructor_are_shown(monkeypatch, signals):
+    class Broken:
+        def __del__(self):
+            raise ZeroDivisionError
+
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    runs.exit_cleanly(Broken)
+    assert [dropped.exc_type for dropped in shown] == [ZeroDivisionError]
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
