@@ -561,13 +561,16 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
     seen = (views.float() * std + mean).clamp(0, 1).unflatten(0, (-1, len(images)))  # (V, b, ...)
     rows = [datasets.to_float(images[:10]), *seen[:, :10]]  # (b, C, H, W), then (b, C, h, w)
     rows = [datasets.as_shown(row) for row in rows]
+    beside = {"rotation": 90, "ha": "right", "va": "center"}
     with figures.new_figure(path, height=0.66 * len(rows)) as figure:
-        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+        axes = figure.subplots()
+        figures.hide_axes(axes)
         for number, row in enumerate(rows):
-            for axes, picture in zip(grid[number], row.cpu(), strict=True):
-                axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-                figures.hide_axes(axes)
-            grid[number, 0].set_ylabel(f"view {number}" if number else "image")
+            for place, picture in enumerate(row.permute(0, 2, 3, 1).cpu().numpy()):
+                box = (place, place + 0.9, number + 0.9, number)
+                axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=box)
+            axes.text(-0.1, number + 0.45, f"view {number}" if number else "image", **beside)
+        axes.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0))
 
 
 def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:

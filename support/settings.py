@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import types
@@ -189,6 +190,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@functools.cache
 def field_types(config_class: Any) -> dict[str, Any]:
     """The type of each setting."""
     hints = typing.get_type_hints(config_class)

@@ -823,13 +823,21 @@ def test_views_stand_beside_their_images_as_they_were(
     split = datasets.ImageData("", (), datasets.Split(images, None), None).measured().train
     copies = torch.cat([images.flip(3) if v % 2 else images for v in range(views)])
     functions.plot_views(tmp_path / "plot.png", images, split.normalize(copies), split)
-    grid = np.reshape(drawn_figures[0].axes, (1 + views, min(10, count)))
-    for image, column in zip(images, grid.T, strict=False):
-        for number, axes in enumerate(column):  # the image, then its views; half are mirrored
-            expected = image.flip(2) if number and number % 2 == 0 else image
-            shown = np.asarray(axes.images[0].get_array())
-            expected = expected.permute(1, 2, 0).numpy() / 255
-            np.testing.assert_allclose(shown.reshape(expected.shape), expected, atol=1e-5)
+    (axes,) = drawn_figures[0].axes
+    places = set()
+    for picture in axes.images:
+        left, right, bottom, top = picture.get_extent()
+        place, number = int(left), int(top)  # the image is above its views; half are mirrored
+        assert right - left == pytest.approx(0.9)
+        assert bottom - top == pytest.approx(0.9)
+        places.add((place, number))
+        expected = images[place].flip(2) if number and number % 2 == 0 else images[place]
+        expected = expected.permute(1, 2, 0).numpy() / 255
+        shown = np.asarray(picture.get_array()).reshape(expected.shape)
+        np.testing.assert_allclose(shown, expected, atol=1e-5)
+    assert places == {(i, v) for i in range(min(10, count)) for v in range(1 + views)}
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["image", *(f"view {number}" for number in range(1, 1 + views))]
 
 
 PLOTS = {
