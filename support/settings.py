@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import math
 import types
@@ -190,7 +189,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@functools.cache
 def field_types(config_class: Any) -> dict[str, Any]:
     """The type of each setting."""
     hints = typing.get_type_hints(config_class)
@@ -230,12 +228,13 @@ def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: 
         ),
     )
     groups: dict[str, Any] = {}
+    hints = field_types(config_class)
     for field in dataclasses.fields(config_class):
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         default = getattr(defaults, field.name)
-        kind, options = _flag_type(field_types(config_class)[field.name])
+        kind, options = _flag_type(hints[field.name])
         if "choices" not in options and kind is not bool:
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -307,14 +306,14 @@ def changed_flags(record: dict[str, Any], config_class: Any) -> dict[str, list[s
     saved = dict(record)
     # On another machine `auto` may mean something else than what was computed.
     saved["precision"] = COMPUTED_IN.get(str(saved.get("computed_in")), saved.get("precision"))
-    made = {}
+    made, hints = {}, field_types(config_class)
     for field in dataclasses.fields(config_class):
         value = saved_value(field, saved)
         value = tuple(value) if isinstance(value, list) else value
         if value == field.default or field.name in PLACES or value is None:
             continue
         name = flag(field.name)
-        if ... in typing.get_args(field_types(config_class)[field.name]):
+        if ... in typing.get_args(hints[field.name]):
             made[name] = [*value]
         elif isinstance(value, bool):
             made[name] = [name if value else name.replace("--", "--no-", 1)]
