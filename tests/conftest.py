@@ -3,6 +3,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 
 import pytest
 import threadpoolctl
@@ -36,6 +37,19 @@ def one_thread():
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
+
+
+@pytest.fixture
+def signals():
+    """Signals as a script in a terminal finds them; afterwards as they were."""
+    terminate = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not handled"))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    user, hook = signal.getsignal(signal.SIGUSR1), sys.unraisablehook
+    yield
+    sys.unraisablehook = hook
+    signal.signal(signal.SIGUSR1, user)
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import csv
+import runpy
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -195,10 +195,11 @@ def test_a_figure_that_cannot_be_written(tmp_path, user_error, figure):
         compare.main([*runs, "--figure", figure])
 
 
-def test_as_a_command(tmp_path):
+def test_as_a_command(tmp_path, monkeypatch, capsys, signals):
     runs = [simclr_run(tmp_path / name, 0, 0.7, 3.0, x=name) for name in ("a", "b")]
-    command = [sys.executable, str(REPOSITORY / "compare.py"), *runs]
-    done = subprocess.run([*command, "--figure", "x.txt"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --figure must end in one of")
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["compare.py", *runs, "--figure", "x.txt"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(compare.__file__, run_name="__main__")
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --figure must end in one of")

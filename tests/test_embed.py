@@ -1,8 +1,8 @@
 import csv
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,6 @@ import embed
 import functions
 import simclr
 from support import checkpoints, datasets, devices, encoders, files
-
-REPOSITORY = Path(embed.__file__).resolve().parent
 
 
 def write_digits(folder, split, positions):
@@ -406,15 +404,17 @@ def test_strict_stops_at_a_broken_image(colour_file, mixed, tmp_path, user_error
     assert start(colour_file, mixed, tmp_path / "out", "--strict").counts["images"] == 5
 
 
-def test_command_ends_with_one_line_and_code_2(colour_file, mixed, tmp_path):
-    command = [sys.executable, str(REPOSITORY / "embed.py"), str(colour_file), str(mixed)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--strict"], cwd=tmp_path, capture_output=True, text=True, check=False, env=alone
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+def test_command_ends_with_one_line_and_code_2(
+    colour_file, mixed, tmp_path, monkeypatch, capsys, signals
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["embed.py", str(colour_file), str(mixed), "--strict"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(embed.__file__, run_name="__main__")
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
     assert line.startswith("error: ")
     assert "empty.jpg" in line
 

@@ -365,19 +365,6 @@ def test_damaged_summary_is_named(tmp_path, user_error):
 # exit codes
 
 
-@pytest.fixture
-def signals():
-    """Signals as a script in a terminal finds them; afterwards as they were."""
-    terminate = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not handled"))
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    user, hook = signal.getsignal(signal.SIGUSR1), sys.unraisablehook
-    yield
-    sys.unraisablehook = hook
-    signal.signal(signal.SIGUSR1, user)
-    signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, interrupt)
-
-
 def send(number):
     os.kill(os.getpid(), number)
     time.sleep(5)

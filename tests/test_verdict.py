@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import simclr
 import simsiam
-from support import checkpoints, files, pretraining, verdict
+from support import pretraining, verdict
 
 ROOT = Path(simclr.__file__).resolve().parent
 NT_XENT = verdict.Method(chance_loss=math.log(2 * 64 - 1), temperature=0.5)
@@ -210,35 +210,6 @@ def test_simsiam_without_its_stop_gradient_is_found(tmp_path, monkeypatch, capsy
     with (folder / "metrics.csv").open() as file:
         said = [each["verdict"] for each in csv.DictReader(file)]
     assert (said[0], said[-1]) == ("good", "collapse")
-
-
-def test_a_run_from_before_there_were_verdicts_goes_on(tmp_path, monkeypatch):
-    finish = pretraining.Pretraining._finish_epoch
-
-    def stop(training, epoch, seconds):
-        finish(training, epoch, seconds)
-        if epoch == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretraining.Pretraining, "_finish_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            simclr.main(digits(simclr, tmp_path, checkpoint_seconds=0.0))
-    folder = tmp_path / "simclr" / "run"
-    state = checkpoints.load(folder / "checkpoint.pt")
-    old = ("epoch", "loss", "learning_rate", "seconds", "images_per_second", "embedding_std")
-    history = [{name: each[name] for name in old} for each in state["history"]]
-    config = digits(simclr, tmp_path, checkpoint_seconds=0.0)
-    model = simclr.SimCLR(config, 1, 8)
-    optimizer = simclr.make_optimizer(model, config)
-    checkpoints.restore(folder / "checkpoint.pt", model, optimizer)
-    checkpoints.save(folder / "checkpoint.pt", 2, model, optimizer, history, config)
-    files.write_csv(folder / "metrics.csv", history)
-    summary = simclr.main(dataclasses.replace(config, resume=str(folder)))
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [each["verdict"] for each in rows] == ["", "", "good"]
-    assert summary["verdict"].startswith("good: ")
 
 
 def test_the_documentation_shows_the_measured_table():
