@@ -206,8 +206,8 @@ def fixmatch(given: Given) -> Tensor:
     losses = progress.EpochLoss(config.steps, 1, device)
     classifier.train()
     for step in range(config.steps):
-        generator = devices.epoch_generator(given.seed, step, device, stream=5)
-        host = devices.epoch_generator(given.seed, step, stream=6)
+        generator = devices.epoch_generator(given.seed, step, device, devices.FIXMATCH)
+        host = devices.epoch_generator(given.seed, step, stream=devices.FIXMATCH_HOST)
         optimizer.param_groups[0]["lr"] = progress.scheduled_rate(
             rate, step, config.steps, 0, "cosine"
         )

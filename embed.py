@@ -128,7 +128,7 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
         rules = decoding.PixelRules.recorded_in(record)
         data = functions.load_images(record["dataset"], data_dir, record["image_size"], None, rules)
         if record.get("evaluate_on") == "validation":
-            data = data.for_choosing()
+            data = data.with_validation_split()
         same = record.get("data") in (None, data.fingerprint())
         require(same, f"{record['dataset']} holds other images now")
     except UserError as error:
@@ -194,7 +194,7 @@ def plot_neighbours(
     path: Path, mine: Collection, near: dict[str, Near], channels: int, title: str
 ) -> None:
     """Draw a dozen images, each beside its neighbours, as the encoder sees them."""
-    queries = functions.shuffled(len(mine.names))[:12].sort().values  # (Q,)
+    queries = functions.fixed_permutation(len(mine.names))[:12].sort().values  # (Q,)
     groups: dict[str, Any] = {"": (mine.tiles(queries[:, None], channels, 96), None)}
     heads = {"folder": "nearest in the folder", "training": "nearest training images"}
     for where, (others, similarity, index) in near.items():
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
             table[f"{prefix}similarity"] = [f"{value:.5f}" for value in similarity[:, 0]]
 
     coordinates = np.full((count, 2), np.nan, np.float32)
-    mapped = functions.shuffled(count)[:MAPPED].sort().values
+    mapped = functions.fixed_permutation(count)[:MAPPED].sort().values
     if count >= 5:
         seed = int(encoder.record.get("seed", 0))
         coordinates[mapped] = functions.project_2d(mine.features[mapped], "tsne", seed)

@@ -8,7 +8,6 @@ Letters in shape comments: N images, B batch, C H W channels, height, width, D f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from support import (
     encoders,
     figures,
     files,
+    frozen,
     page,
     pretraining,
     progress,
@@ -64,8 +64,7 @@ def probe(
         "knn_accuracy": functions.knn_accuracy(features[0], labels[0], features[1], labels[1]),
     }
     files.write_csv(folder / "probe.csv", result.history)
-    about = {"about": json.dumps({"classes": data.classes})}
-    checkpoints.save_tensors(folder / "probe.safetensors", result.tensors, about)
+    frozen.save_probe(folder / "probe.safetensors", result.tensors, data.classes)
     everything = torch.arange(len(data.test))
     arrays = {"predictions": result.predictions.numpy(), **origin(data.test, everything)}
     files.write_arrays(folder / "predictions.npz", **arrays)
@@ -94,7 +93,7 @@ def images_to_map(data: datasets.ImageData) -> tuple[Tensor, datasets.Split]:
     They are a random choice that is the same every time, in the order of the data set.
     """
     split = data.test or data.train
-    index = functions.shuffled(len(split))[:10_000].sort().values
+    index = functions.fixed_permutation(len(split))[:10_000].sort().values
     return index, split.select(index)
 
 

@@ -107,7 +107,8 @@ class Config(classifiers.MethodConfig, dataset=""):
         return sorted(count for count in counts if count <= images)
 
 
-# What may differ when a comparison goes on: its rows stay what they are. Runs come at the end.
+# What may differ when a comparison goes on: finished rows stay as they are, and further runs are
+# named after the earlier ones.
 FREE_ON_RESUME = frozenset(
     {"runs", "methods", "labels", "quick_draws", "slow_draws", "together", "workers"}
 )
@@ -188,7 +189,7 @@ def load_data(config: Config) -> datasets.ImageData:
         config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
     )
     require(bool(data.classes), f"{data.name} has no labels")
-    return data.for_choosing() if config.evaluate_on == "validation" else data
+    return data.with_validation_split() if config.evaluate_on == "validation" else data
 
 
 def prepare(
@@ -223,7 +224,7 @@ def extract(start: Start, data: datasets.ImageData, config: Config) -> dict[str,
             for k, part in parts.items()
         }
     # All training images say how features are spread, however few have labels.
-    mean, std = functions.measure_features(found["train"])
+    mean, std = functions.feature_statistics(found["train"])
     return {k: (features - mean) / std for k, features in found.items()}
 
 
@@ -369,7 +370,7 @@ def check_runs(config: Config, starts: dict[str, Start], data: datasets.ImageDat
         if start.folder is None:
             continue
         seen = files.read_json(start.folder / "config.json").get("data")
-        same = seen in (None, whole) or seen == data.for_choosing().fingerprint()
+        same = seen in (None, whole) or seen == data.with_validation_split().fingerprint()
         require(same, f"{name} was trained on other images than {config.dataset} now")
         if config.evaluate_on == "validation" and seen == whole:
             print(f"{name} was pretrained on the held-out images, too, without their labels")
@@ -392,7 +393,7 @@ def main(config: Config) -> dict[str, Any]:
     config = with_data_of_runs(config)
     whole = load_data(dataclasses.replace(config, evaluate_on="test"))
     check_runs(config, starts, whole)
-    data = whole if config.evaluate_on == "test" else whole.for_choosing()
+    data = whole if config.evaluate_on == "test" else whole.with_validation_split()
     tasks = list_tasks(config, starts, len(data.train))
     require(bool(tasks), "there is nothing to train: these --methods need runs, or fewer --labels")
     with runs.open_run(config, whole.fingerprint(), FREE_ON_RESUME) as run:

@@ -80,16 +80,16 @@ def load_images(
         f"--channels and --value-range are for a folder of images, not for {name_or_path}",
     )
     if name_or_path in builtin:
-        return builtin[name_or_path](Path(data_dir), download_url).measured()
+        return builtin[name_or_path](Path(data_dir), download_url).with_statistics()
     if name_or_path == "digits":
-        return _load_digits().measured()
+        return _load_digits().with_statistics()
     folder = os.path.expanduser(name_or_path)
     known = "cifar10, fashion-mnist, digits, or an existing folder of images"
     # os.path's tests, unlike pathlib's, take any string
     require(os.path.exists(folder), f"unknown data set or missing folder {folder!r}; use {known}")
     require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
     rules = rules or decoding.PixelRules()
-    return folders.load_folder(Path(folder), Path(data_dir), image_size, rules).measured()
+    return folders.load_folder(Path(folder), Path(data_dir), image_size, rules).with_statistics()
 
 
 def _load_digits() -> datasets.ImageData:
@@ -222,14 +222,10 @@ class Monitor:
 
     def __init__(self, train: datasets.Split, knn_every: int, fabric: Any):
         self.fabric = fabric
+        self.train = train
         self.knn_every = 0 if train.labels is None else knn_every
-        if self.knn_every:
-            order, fifth = shuffled(len(train)), max(1, len(train) // 5)
-            self.train, self.queries, self.bank = (
-                train,
-                order[:fifth][:5_000],
-                order[fifth:][:20_000],
-            )
+        order, fifth = fixed_permutation(len(train)), max(1, len(train) // 5)
+        self.queries, self.bank = order[:fifth][:5_000], order[fifth:][:20_000]
 
     def measure(self, encoder: nn.Module, z: Tensor, epoch: int, last: bool) -> dict[str, float]:
         """Columns of `metrics.csv` after an epoch, from 1, whose last embeddings are `z` `(N, D)`.
@@ -246,7 +242,7 @@ class Monitor:
         return row
 
 
-def shuffled(count: int) -> Tensor:
+def fixed_permutation(count: int) -> Tensor:
     """The positions of `count` images in a random order that is the same every time."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
@@ -271,7 +267,7 @@ def knn_accuracy(
     return accuracy(votes.argmax(1), test_labels.cpu())
 
 
-def measure_features(train_features: Tensor) -> tuple[Tensor, Tensor]:
+def feature_statistics(train_features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `(D,)` by which features `(N, D)` are standardised everywhere.
 
     `(features - mean) / std`, test features, too. A feature that never changes has an infinite
@@ -307,7 +303,7 @@ def linear_probe(
 ) -> ProbeResult:
     """Train a linear layer on fixed features and report its last epoch.
 
-    Features `(N, D)` are standardised as `measure_features` says; Adam with cosine. The rate's
+    Features `(N, D)` are standardised as `feature_statistics` says; Adam with cosine. The rate's
     peak is 1 / D by default: a step then changes a logit by as much whatever D is.
     `history` has a row per epoch: `train_loss` and `train_accuracy` from the training pass itself,
     `test_loss` and `test_accuracy` after it. Accuracies in [0, 1].
@@ -316,7 +312,7 @@ def linear_probe(
         Diverged: the loss is not finite.
     """
     device = train_features.device
-    mean, std = measure_features(train_features)
+    mean, std = feature_statistics(train_features)
     train_features = (train_features - mean) / std
     test_features = (test_features - mean) / std
     classes = int(max(train_labels.max(), test_labels.max())) + 1
@@ -327,8 +323,7 @@ def linear_probe(
     steps = math.ceil(len(train_labels) / batch_size)
     history = []
     for epoch in range(epochs):
-        order = torch.randperm(len(train_labels), generator=devices.epoch_generator(seed, epoch))
-        order = order.to(device)
+        order = devices.epoch_order(len(train_labels), seed, epoch, device)
         losses = progress.EpochLoss(steps, epoch + 1, device)
         total = torch.zeros(2, device=device)
         for step, index in enumerate(order.split(batch_size)):
@@ -384,12 +379,12 @@ def few_label_accuracy(
     """Test accuracy of logistic regression on few labels, over several draws of them.
 
     Each draw takes `labels_per_class` training images of each class, or as many as the smallest
-    class has. Features are standardised as `measure_features` says, with all training features.
+    class has. Features are standardised as `feature_statistics` says, with all training features.
 
     Returns:
         `labels_per_class`, `mean` and `sd` of the accuracy in [0, 1], `draws`.
     """
-    centre, spread = measure_features(train_features)
+    centre, spread = feature_statistics(train_features)
     train, test = ((features - centre) / spread for features in (train_features, test_features))
     labels, targets = train_labels.cpu().numpy(), test_labels.cpu()
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -542,12 +537,6 @@ def report_classes(
 # Each plot is a function of numbers and a path, so it can be redrawn without training.
 
 
-def _line(axes: Any, rows: Sequence[dict[str, float]], key: str, label: str, color: str) -> None:
-    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-    marker = "o" if len(points) < 3 else None
-    axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
-
-
 def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split) -> None:
     """The first ten images, and below each its views as the network sees them.
 
@@ -573,14 +562,6 @@ def plot_views(path: Path, images: Tensor, views: Tensor, split: datasets.Split)
         axes.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0))
 
 
-def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
-    """The column `loss` of `history` over epochs."""
-    with figures.new_figure(path, title) as figure:
-        axes = figure.subplots()
-        _line(axes, history, "loss", "train", figures.TRAIN_COLOR)
-        figures.label_axes(axes, "epoch", "loss")
-
-
 def plot_loss_and_accuracy(
     path: Path, history: Sequence[dict[str, float]], title: str, other: str = "test"
 ) -> None:
@@ -595,8 +576,8 @@ def plot_loss_and_accuracy(
             ("loss", "accuracy (%)"),
             strict=True,
         ):
-            _line(axes, percent, f"train_{key}", "train", figures.TRAIN_COLOR)
-            _line(axes, percent, f"{other}_{key}", other, figures.TEST_COLOR)
+            figures.draw_line(axes, percent, f"train_{key}", "train", figures.TRAIN_COLOR)
+            figures.draw_line(axes, percent, f"{other}_{key}", other, figures.TEST_COLOR)
             figures.label_axes(axes, "epoch", label)
         figures.add_legend(figure)
 

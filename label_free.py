@@ -34,7 +34,10 @@ def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any)
     others (Reed et al. 2021, section 3.1). Chance is 0.25.
     """
     parts: list[Tensor] = []
-    for split in (data.train.select(functions.shuffled(len(data.train))[:5000]), data.test):
+    for split in (
+        data.train.select(functions.fixed_permutation(len(data.train))[:5000]),
+        data.test,
+    ):
         turned = [
             dataclasses.replace(split, images=split.images.rot90(turns, (2, 3)))
             for turns in range(4)
@@ -55,7 +58,7 @@ def lidar(encoder: nn.Module, train: datasets.Split, fabric: Any, copies: int = 
     default, for all encoders: those of each training would be scored themselves.
     """
     config = pretraining.PretrainingConfig()
-    images = train.images[functions.shuffled(len(train))[:1000].to(train.images.device)]
+    images = train.images[functions.fixed_permutation(len(train))[:1000].to(train.images.device)]
     generator = devices.epoch_generator(0, 0, images.device)
     views = [pretraining.crop_views(images, config, generator) for _ in range(copies)]
     features = torch.stack(
@@ -97,8 +100,8 @@ def alpha_req(features: Tensor) -> float:
 def measure(encoder: nn.Module, data: datasets.ImageData, fabric: Any) -> dict[str, float]:
     """All scores of a frozen encoder, the larger the better, and the audit where there are labels.
 
-    RankMe is of the encoder's features, not of the head's. The training images are those of
-    `data.train`, scored on its test images, which must be held out of the training images.
+    RankMe is of the encoder's features, not of the head's. Probes train on `data.train` and are
+    scored on `data.test`, which must be held-out training images.
     """
     bank, queries = (
         functions.extract_features(encoder, split, fabric) for split in (data.train, data.test)

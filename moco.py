@@ -279,7 +279,7 @@ def pretrain(
     key_network = compiled(model.key_encoder)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(info_nce_loss)
     for epoch in training.epochs():
-        shuffling = devices.epoch_generator(config.seed, epoch, fabric.device, stream=5)
+        shuffling = devices.epoch_generator(config.seed, epoch, fabric.device, devices.KEY_ORDER)
         for step, images, generator in training.batches(epoch):
             optimizer.param_groups[0]["lr"] = training.rate(rate, step)
             pair = []
@@ -305,9 +305,6 @@ def pretrain(
             stepper.step()
             model.update_key_encoder(config.key_momentum)
             model.enqueue(torch.cat(keys))  # (B, D); symmetric (2B, D)
-    if fabric.is_global_zero:
-        title = f"MoCo pretraining on {data.name}, {config.encoder}"
-        functions.plot_loss(run.folder / "loss.png", training.history, title)
     return training.history
 
 

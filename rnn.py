@@ -120,9 +120,10 @@ def rows_from_images(images: Tensor) -> Tensor:
 
 
 class RowRNN(nn.Module):
-    """A recurrent network over rows and an MLP on its output after the last row.
+    """A recurrent network over rows, and an MLP on its output.
 
-    The second direction's last row is the first one.
+    That is the output after the last row that each direction reads, or the mean over all rows
+    (`--pooling`).
     """
 
     def __init__(self, config: Config, cell: str, input_size: int, num_classes: int):
@@ -223,8 +224,8 @@ def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
         config.batch_size <= len(train),
         f"--batch-size {config.batch_size} is larger than the training set ({len(train)} images)",
     )
-    data = dataclasses.replace(data, train=train).measured()
-    return data, validation.normalized_as(data.train)
+    data = dataclasses.replace(data, train=train).with_statistics()
+    return data, validation.with_statistics_of(data.train)
 
 
 def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
@@ -269,10 +270,9 @@ class Batches:
         device, seed, epoch = self.images.device, self.config.seed, self.epoch
         size = self.config.batch_size
         self.epoch += 1  # each pass over this object is another epoch
-        torch.manual_seed(devices.epoch_generator(seed, epoch, stream=2).initial_seed())
-        order = torch.randperm(len(self.split), generator=devices.epoch_generator(seed, epoch))
-        order = order.to(device)  # (N,)
-        generator = devices.epoch_generator(seed, epoch, device, stream=1)
+        devices.seed_network(seed, epoch, devices.ROW_DROPOUT)
+        order = devices.epoch_order(len(self.split), seed, epoch, device)  # (N,)
+        generator = devices.epoch_generator(seed, epoch, device, devices.VIEWS)
         for step in range(len(self)):
             index = order[step * size : (step + 1) * size]  # (B,)
             pixels = datasets.to_float(self.images[index])  # (B, C, H, W) or (B, H, C * W)
@@ -354,7 +354,7 @@ def train(
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
             devices.synchronize(device)
             row["seconds"] = time.perf_counter() - began
-            row["checkpoint_seconds"] = saver.seconds  # of the epoch before
+            row["checkpoint_seconds"] = saver.seconds  # of the last epoch's save
             step_scheduler(scheduler, row["validation_loss"])
             history.append(row)
             checkpoints.check_finite(epoch + 1, model, optimizer)
@@ -401,7 +401,8 @@ def main(config: Config) -> dict[str, Any]:
                 f"{cell}: {encoders.count_parameters(model):,} parameters, "
                 f"on {devices.hardware(config.device)}"
             )
-            train(model, cell, (data.train, validation), config, run, history)
+            with checkpoints.advice_on_divergence():
+                train(model, cell, (data.train, validation), config, run, history)
             with autocast(config):
                 _, predictions = evaluate(model, data.test)
             values = report_cell(model, cell, data, predictions, run.folder, history)

@@ -124,7 +124,7 @@ def nt_xent_loss(
         decoupled log(V B - V).
 
     Raises:
-        UserError: rows that are not V for each image, or a temperature that is not positive.
+        UserError: a number of rows that V does not divide, or a temperature that is not positive.
     """
     require(temperature > 0, f"the temperature must be positive, not {temperature}")
     whole = z.ndim == 2 and len(z) > 0 and len(z) % views == 0
@@ -227,9 +227,6 @@ def pretrain(
             stepper.zero_grad()
             fabric.backward(loss)
             stepper.step()
-    if fabric.is_global_zero:
-        title = f"SimCLR pretraining on {data.name}, {config.encoder}"
-        functions.plot_loss(run.folder / "loss.png", training.history, title)
     return training.history
 
 

@@ -142,7 +142,8 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
     First the rungs: a trial among the best third of its rung is trained again on the next one, and
     if there is none, new settings are tried on the first. In the second half of the time, or when
     no more trials are left than that takes, the best three are trained on the last rung with three
-    seeds; of a search of fewer than eighteen trials fewer than three, so that half remain.
+    seeds. A search of fewer than eighteen trials confirms a sixth as many settings as it has
+    trials, so that at least half of them search.
     """
     trials = [
         trial for trial in search.trials() if trial.state.name != "FAIL" or sweep.is_finished(trial)
@@ -218,7 +219,7 @@ def load_splits(config: Config) -> datasets.ImageData:
     """
     data = functions.load_images(
         config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    ).for_choosing()
+    ).with_validation_split()
     largest = max(SPACE["batch_size"])
     require(
         len(data.train) >= largest,
@@ -237,8 +238,8 @@ class Objective:
         self.data = load_splits(config).to(self.fabric.device)
         self.scored = dataclasses.replace(
             self.data,
-            train=self.data.train.select(functions.shuffled(len(self.data.train))[:BANK]),
-            test=self.data.test.select(functions.shuffled(len(self.data.test))[:QUERIES]),
+            train=self.data.train.select(functions.fixed_permutation(len(self.data.train))[:BANK]),
+            test=self.data.test.select(functions.fixed_permutation(len(self.data.test))[:QUERIES]),
         )
 
     def __call__(self, trial: optuna.Trial) -> float:

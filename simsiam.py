@@ -211,9 +211,6 @@ def pretrain(
             stepper.zero_grad()
             fabric.backward(loss)
             stepper.step()
-    if fabric.is_global_zero:
-        title = f"SimSiam pretraining on {data.name}, {config.encoder}"
-        functions.plot_loss(run.folder / "loss.png", training.history, title)
     return training.history
 
 

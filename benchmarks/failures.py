@@ -127,7 +127,7 @@ def frozen_batch_norm() -> Any:
 
 def shuffle_labels(split: datasets.Split) -> datasets.Split:
     """Labels that have nothing to do with the images."""
-    order = functions.shuffled(len(split)).roll(1)
+    order = functions.fixed_permutation(len(split)).roll(1)
     return dataclasses.replace(split, labels=split.labels[order])
 
 
@@ -206,8 +206,8 @@ def images_of(name: str) -> datasets.ImageData:
     data, count = functions.load_images(name, common.ROOT / "data"), IMAGES[name]
     if count is None:
         return data
-    train = data.train.select(functions.shuffled(len(data.train))[:count])
-    return dataclasses.replace(data, train=train).measured()
+    train = data.train.select(functions.fixed_permutation(len(data.train))[:count])
+    return dataclasses.replace(data, train=train).with_statistics()
 
 
 def run(
@@ -219,7 +219,7 @@ def run(
         settings = {"learning_rate": 0.1, **settings}  # the default when the table was begun
     data = images_of(settings["dataset"])
     if change is not None:
-        data = dataclasses.replace(data, train=change(data.train)).measured()
+        data = dataclasses.replace(data, train=change(data.train)).with_statistics()
     finish = pretraining.Pretraining._finish_epoch
     trained = settings["epochs"] // 10 if planted else settings["epochs"]
 

@@ -34,7 +34,7 @@ def make_step(config: simclr.Config, size: int, fabric: Any) -> Any:
     model = simclr.SimCLR(config, 3, size).to(fabric.device, memory_format=torch.channels_last)
     network, optimizer = fabric.setup(model, simclr.make_optimizer(model, config))
     images = torch.randint(0, 256, (config.batch_size, 3, size, size), dtype=torch.uint8)
-    data = datasets.ImageData("noise", (), datasets.Split(images, None), None).measured()
+    data = datasets.ImageData("noise", (), datasets.Split(images, None), None).with_statistics()
     train = data.train.to(fabric.device)
     generator = torch.Generator(fabric.device).manual_seed(0)
 

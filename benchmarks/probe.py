@@ -33,7 +33,11 @@ def main() -> None:
     count = arguments.images
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (count,))
-    split = datasets.ImageData("noise", (), datasets.Split(images, labels), None).measured().train
+    split = (
+        datasets.ImageData("noise", (), datasets.Split(images, labels), None)
+        .with_statistics()
+        .train
+    )
     encoder = encoders.make_encoder("resnet18", "imagenet", 3, 32)
     encoder = encoder.to(memory_format=torch.channels_last)
     fabric = devices.make_fabric("cpu", "auto")

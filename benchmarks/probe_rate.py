@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of each probe [100]")
     arguments = parser.parse_args()
     encoder = frozen.load_encoder(arguments.run, "cpu")
-    data = functions.load_images(encoder.record["dataset"], ROOT / "data").for_choosing()
+    data = functions.load_images(encoder.record["dataset"], ROOT / "data").with_validation_split()
     inputs = []
     for part in (data.train, data.test):
         inputs += [functions.extract_features(encoder.network, part, encoder.fabric), part.labels]

@@ -78,8 +78,8 @@ def noise(share: float) -> tuple[datasets.ImageData, datasets.Split]:
         return datasets.Split(images, torch.randint(0, 10, (count,), generator=draw))
 
     train, validation = make(int(45000 * share)), make(int(5000 * share))
-    data = datasets.ImageData("noise", functions.CIFAR10_CLASSES, train, None).measured()
-    return data, validation.normalized_as(data.train)
+    data = datasets.ImageData("noise", functions.CIFAR10_CLASSES, train, None).with_statistics()
+    return data, validation.with_statistics_of(data.train)
 
 
 def load(dataset: str | None, share: float) -> tuple[datasets.ImageData, datasets.Split, Any]:

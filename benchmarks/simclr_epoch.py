@@ -67,7 +67,7 @@ def ours(dataset: str | None, stem: str, batch: int, steps: int, precision: str 
     model = simclr.SimCLR(config, 3, 32).to(memory_format=torch.channels_last)
     fabric = devices.make_fabric("cpu", precision)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        data = datasets.ImageData("", (), datasets.Split(images, None), None).measured()
+        data = datasets.ImageData("", (), datasets.Split(images, None), None).with_statistics()
         history = simclr.pretrain(model, data, config, runs.Run(Path(folder)), fabric)
     return history[-1]["seconds"] / steps
 

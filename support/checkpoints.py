@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,17 @@ def check_finite(epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer)
         tensors |= {f"the optimizer's {k} {number}": v for k, v in values.items()}
     for name, value in tensors.items():
         if isinstance(value, Tensor) and not value.isfinite().all():
-            raise Diverged(
-                f"{name} is not finite after epoch {epoch}; the epoch before is kept. "
-                "Try a lower --learning-rate"
-            )
+            raise Diverged(f"{name} is not finite after epoch {epoch}")
+
+
+@contextlib.contextmanager
+def advice_on_divergence() -> Iterator[None]:
+    """Let a training that leaves a checkpoint after each epoch say so when it diverges."""
+    try:
+        yield
+    except Diverged as error:
+        error.add_note("The last finished epoch is kept: try a lower --learning-rate")
+        raise
 
 
 def save(
@@ -87,8 +96,9 @@ class Saver:
         self.seconds = time.monotonic() - began
 
 
-# torch.load does not notice every changed byte, so the SHA-256 of the archive is kept as its
-# comment: an archive ends with the comment's length (2 bytes) and the comment.
+# torch.load does not notice every changed byte, and the archive's own checksums do not cover its
+# directory, so the SHA-256 of the whole is kept as its comment: an archive ends with the comment's
+# length (2 bytes) and the comment.
 _LENGTH = (64).to_bytes(2, "little")
 
 

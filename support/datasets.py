@@ -27,7 +27,7 @@ class Split:
     """Images `(N, C, H, W)`, uint8, their labels `(N,)`, int64, or None, and the files they are of.
 
     `mean` and `std` `(C,)`, on the scale [0, 1], are those of the training images, in a test split
-    too; `ImageData.measured` sets them.
+    too; `ImageData.with_statistics` sets them.
     """
 
     images: Tensor
@@ -51,8 +51,8 @@ class Split:
         paths = None if self.paths is None else self.paths[index.cpu().numpy()]
         return dataclasses.replace(self, images=self.images[index], labels=labels, paths=paths)
 
-    def normalized_as(self, train: Split) -> Split:
-        """The same split, normalised with the statistics of `train`."""
+    def with_statistics_of(self, train: Split) -> Split:
+        """The same split with the statistics of `train`, by which `normalize` goes."""
         return dataclasses.replace(self, mean=train.mean, std=train.std)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -80,21 +80,21 @@ class ImageData:
             shown = name.encode(errors="ignore").decode()
             require(shown == name, f"the folder {name!r} has a name that is no UTF-8: rename it")
 
-    def measured(self) -> ImageData:
-        """The same data, all of it normalised with the statistics of its training images."""
+    def with_statistics(self) -> ImageData:
+        """The same data with its training images' mean and std, by which `Split.normalize` goes."""
         mean, std = channel_statistics(self.train.images)
         train = dataclasses.replace(self.train, mean=mean, std=std)
-        test = None if self.test is None else self.test.normalized_as(train)
+        test = None if self.test is None else self.test.with_statistics_of(train)
         return dataclasses.replace(self, train=train, test=test)
 
-    def for_choosing(self) -> ImageData:
+    def with_validation_split(self) -> ImageData:
         """The training images alone, a tenth of them, always the same, in the test images' place.
 
         Raises:
             UserError: a class is too small to be in both parts.
         """
         train, held_out = hold_out(self.train, 0.1)
-        return dataclasses.replace(self, train=train, test=held_out).measured()
+        return dataclasses.replace(self, train=train, test=held_out).with_statistics()
 
     def to(self, device: Any) -> ImageData:
         """The same data on another device."""

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
         # Larger buffers go back at once: holes of their size in the heap would add up to gigabytes.
         if not mallopt(m_mmap_threshold, 1 << 27):  # 128 MiB
             mallopt(m_mmap_threshold, 1 << 25)  # an old glibc takes 32 MiB at most
-        mallopt(m_trim_threshold, (1 << 31) - 1)  # and its end is kept
+        mallopt(m_trim_threshold, (1 << 31) - 1)  # the heap's free end is kept
 
 
 def process_rank() -> int:
@@ -187,11 +187,32 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def epoch_generator(seed: int, epoch: int, device: Any = "cpu", stream: int = 0) -> torch.Generator:
-    """A generator for what epoch `epoch` of a run with seed `seed` draws.
+# Independent streams of random numbers. Results depend on the numbers: a new use takes a new one.
+ORDER, VIEWS, HOST_VIEWS, NETWORK = 0, 1, 4, 7
+ROW_DROPOUT = 2  # of rnn.py
+SUPERVISED_ORDER, SUPERVISED_VIEWS = 2, 3  # of fine-tuning and few_labels.py
+KEY_ORDER = 5  # of moco.py
+FIXMATCH, FIXMATCH_HOST = 5, 6
 
-    It depends on nothing else, so a resumed epoch repeats an uninterrupted one. Independent
-    `stream`s keep the shuffling, the augmentation and other stages apart.
+
+def epoch_generator(
+    seed: int, epoch: int, device: Any = "cpu", stream: int = ORDER
+) -> torch.Generator:
+    """A generator for what epoch `epoch` of a run with seed `seed` draws from one of the streams.
+
+    It depends on nothing else, so a resumed epoch repeats an uninterrupted one.
     """
     words = np.random.SeedSequence((seed, epoch, stream)).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+def epoch_order(
+    count: int, seed: int, epoch: int, device: Any = "cpu", stream: int = ORDER
+) -> torch.Tensor:
+    """The order `(count,)`, on the device, in which an epoch takes so many images."""
+    return torch.randperm(count, generator=epoch_generator(seed, epoch, stream=stream)).to(device)
+
+
+def seed_network(seed: int, epoch: int, stream: int = NETWORK) -> None:
+    """Let what a network draws itself, as for dropout, be the same in a resumed epoch."""
+    torch.manual_seed(epoch_generator(seed, epoch, stream=stream).initial_seed())

@@ -137,6 +137,23 @@ def add_legend(figure: Any) -> Any:
     return legend
 
 
+def draw_line(
+    axes: Any, rows: Sequence[dict[str, float]], key: str, label: str, color: str
+) -> None:
+    """A column of `metrics.csv` over epochs; rows that lack it are left out."""
+    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    marker = "o" if len(points) < 3 else None
+    axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+
+
+def plot_loss(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
+    """The column `loss` of `history` over epochs."""
+    with new_figure(path, title) as figure:
+        axes = figure.subplots()
+        draw_line(axes, history, "loss", "train", TRAIN_COLOR)
+        label_axes(axes, "epoch", "loss")
+
+
 def draw_bars(axes: Any, percent: Mapping[str, float]) -> None:
     """Horizontal bars, the first on top, with names and numbers; the figure fits their number."""
     axes.figure.set_figheight(1 + 0.27 * len(percent))

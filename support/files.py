@@ -67,7 +67,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows has no fcntl; a missing folder is said by others
+    except (ImportError, OSError):  # Windows has no fcntl; callers report a missing folder
         yield
         return
     try:

@@ -29,7 +29,7 @@ CACHE_VERSION = 3  # raise it when decoding changes
 def load_folder(
     folder: Path, data_dir: Path, image_size: int, rules: decoding.PixelRules
 ) -> datasets.ImageData:
-    """A folder of images as a data set, without the statistics that `measured` adds.
+    """A folder of images as a data set, without the statistics that `with_statistics` adds.
 
     Args:
         folder: `train/<class>/*` with `test/<class>/*`; or `<class>/*`, of which a fifth becomes
@@ -295,7 +295,7 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int],
 
     None when they are damaged.
     """
-    if not os.path.exists(cache):  # nor may it be looked for
+    if not os.path.exists(cache):  # or its folder may not be searched
         return None
     try:
         # Copy on write: torch wants a writable array, and nothing may reach the file.

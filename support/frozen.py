@@ -1,15 +1,18 @@
-"""A finished encoder, read from a run folder or from an `encoder.safetensors` alone."""
+"""A finished encoder and its probe, written by a run, and read from its folder or a file alone."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from support import checkpoints, decoding, devices, encoders, files
+from support import checkpoints, datasets, decoding, devices, encoders, files
 from support.errors import UserError, require
 from support.settings import COMPUTED_IN
 
@@ -35,6 +38,28 @@ class Encoder:
     record: dict[str, Any]
     probe: dict[str, Tensor]
     classes: tuple[str, ...]
+
+
+def save_encoder(path: Path, encoder: nn.Module, config: Any, data: datasets.ImageData) -> None:
+    """Write a finished encoder, and what `load_encoder` must know to use it, atomically."""
+    facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
+    facts |= {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()}
+    facts["size"] = data.train.images.shape[2]  # side of the images in pixels
+    # How a folder's files became pixels, to read other files in the same way.
+    rules = dataclasses.replace(config.pixel_rules, value_range=data.value_range)
+    facts |= dataclasses.asdict(rules)
+    facts["computed_in"] = devices.pick_precision(config.device, config.precision)
+    checkpoints.save_weights(path, encoder, _about(facts))
+
+
+def save_probe(path: Path, probe: dict[str, Tensor], classes: Sequence[str]) -> None:
+    """Write a linear probe on the encoder beside it, atomically."""
+    checkpoints.save_tensors(path, probe, _about({"classes": classes}))
+
+
+def _about(facts: dict[str, Any]) -> dict[str, str]:
+    # One entry: safetensors writes several in random order.
+    return {"about": json.dumps(facts)}
 
 
 def load_encoder(path: Path, device: str) -> Encoder:

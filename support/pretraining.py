@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import os
 import re
@@ -34,7 +33,9 @@ from support import (
     datasets,
     devices,
     encoders,
+    figures,
     files,
+    frozen,
     model_card,
     progress,
     report,
@@ -285,9 +286,10 @@ class Pretraining:
         config: the settings.
         run: the open run.
         fabric: Lightning Fabric.
-        monitor: with `measure(encoder, z, epoch, last)`, more columns for a row.
+        monitor: with `measure(encoder, z, epoch, last)`, more columns for a row, and `queries`,
+            the images that its kNN looks up.
         method: what its loss is when nothing is learned, for the verdict after each epoch.
-        views: of each image.
+        views: of how many views of each image `record` is given embeddings.
     """
 
     def __init__(
@@ -336,10 +338,7 @@ class Pretraining:
                 began = time.perf_counter()
                 self._losses = progress.EpochLoss(self.steps, epoch + 1, self.fabric.device)
                 self.model.train()
-                # What networks draw themselves, as for dropout, is the same in a resumed epoch.
-                torch.manual_seed(
-                    devices.epoch_generator(config.seed, epoch, stream=7).initial_seed()
-                )
+                devices.seed_network(config.seed, epoch)
                 yield epoch
                 self._estimate.stop()
                 devices.synchronize(self.fabric.device)
@@ -355,10 +354,9 @@ class Pretraining:
         steer the host, which would wait for the device to tell them.
         """
         device, seed, size = self.fabric.device, self.config.seed, self.config.batch_size
-        order = torch.randperm(len(self.train), generator=devices.epoch_generator(seed, epoch))
-        order = order.to(device)
-        where = {"stream": 4} if host else {"device": device, "stream": 1}
-        generator = self.share.generator(devices.epoch_generator(seed, epoch, **where))
+        order = devices.epoch_order(len(self.train), seed, epoch, device)
+        where = ("cpu", devices.HOST_VIEWS) if host else (device, devices.VIEWS)
+        generator = self.share.generator(devices.epoch_generator(seed, epoch, *where))
         for step in range(self.steps):
             index = order[step * size : (step + 1) * size]
             images = self.train.images[index[self.share.part]]
@@ -406,9 +404,7 @@ class Pretraining:
         row |= self.monitor.measure(self.model.encoder, z, done, done == config.epochs)
         row |= self._judge(row, z)
         row["measure_seconds"] = time.perf_counter() - began
-        row["checkpoint_seconds"] = (
-            self._saver.seconds
-        )  # of the epoch before; this one is not yet saved
+        row["checkpoint_seconds"] = self._saver.seconds  # of the last epoch's save
         self.history.append(row)
         state = (done, self.model, self.optimizer, self.history, config)
         folder = self.run.folder
@@ -447,7 +443,7 @@ class Pretraining:
             embeddings=len(z),
             size=z.shape[1],
             normalised=min([len(self._z), *(m.images for m in layers if hasattr(m, "images"))]),
-            knn_chance=verdict.luck(self.train.labels, min(5000, max(1, len(self.train) // 5))),
+            knn_chance=verdict.luck(self.train.labels, len(self.monitor.queries)),
             constant=self._constant,
             frozen=any(not layer.training for layer in layers),
         )
@@ -514,7 +510,7 @@ def run_experiment(
     if line and main_process:
         print(line)
     if config.evaluate_on == "validation":
-        data = data.for_choosing()
+        data = data.with_validation_split()
     check_fit(config, data, processes * nodes)
     fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
     with contextlib.ExitStack() as stack:
@@ -549,21 +545,15 @@ def run_experiment(
             )
         data = data.to(fabric.device)
         if "pretrain" in config.stage_names:
-            history = pretrain(model, data, config, run, fabric)
+            with checkpoints.advice_on_divergence():
+                history = pretrain(model, data, config, run, fabric)
             if fabric.world_size > 1:  # what follows is one process's work, with its own BatchNorm
                 torch.distributed.destroy_process_group()
             if not main_process:
                 return {}
-            facts = {"encoder": config.encoder, "stem": config.stem, "width": config.width}
-            facts |= {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()}
-            facts["size"] = data.train.images.shape[2]  # side of the images in pixels
-            # How a folder's files became pixels, to read other files in the same way.
-            rules = dataclasses.replace(config.pixel_rules, value_range=data.value_range)
-            facts |= dataclasses.asdict(rules)
-            facts["computed_in"] = devices.pick_precision(config.device, config.precision)
-            # One entry: safetensors writes several in random order.
-            about = {"about": json.dumps(facts)}
-            checkpoints.save_weights(run.folder / "encoder.safetensors", model.encoder, about)
+            title = f"{type(model).__name__} pretraining on {data.name}, {config.encoder}"
+            figures.plot_loss(run.folder / "loss.png", history, title)
+            frozen.save_encoder(run.folder / "encoder.safetensors", model.encoder, config, data)
         else:
             if not main_process:
                 return {}

@@ -44,10 +44,8 @@ class EpochLoss:
         finite = self.values[start : self.step].isfinite()
         if not finite.all():
             step = start + int(finite.int().argmin()) + 1
-            raise Diverged(
-                f"the loss is {self.values[step - 1].item()} in epoch {self.epoch}, step {step}; "
-                f"the last finished epoch is kept. Try a lower --learning-rate"
-            )
+            value = self.values[step - 1].item()
+            raise Diverged(f"the loss is {value} in epoch {self.epoch}, step {step}")
 
 
 def bar(total: int, description: str, visible: bool = True) -> Any:

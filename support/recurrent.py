@@ -53,9 +53,10 @@ class Tanh(torch.autograd.Function):
 
 
 class Gates(torch.autograd.Function):
-    """The gated recurrence of `nn.GRU`; `projected` holds reset, update and new gate.
+    """The gated recurrence of `nn.GRU`.
 
-    It holds their biases, too, but the one that is inside the new gate's product with the reset.
+    `projected` holds the inputs to the reset, update and new gate with all biases but one: the new
+    gate's recurrent bias, which the reset gate multiplies, is `bias`.
     """
 
     @staticmethod

@@ -196,7 +196,7 @@ def field_types(config_class: Any) -> dict[str, Any]:
 
 
 def _flag_type(hint: Any) -> tuple[type, dict[str, Any]]:
-    """Argparse's keyword arguments for a field's type."""
+    """The type of a flag's values, and argparse's keyword arguments for it."""
     if isinstance(hint, types.UnionType):  # `int | None`
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is Literal:

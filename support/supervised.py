@@ -1,4 +1,4 @@
-"""The supervised training that fine-tuning and the study of few labels share."""
+"""The supervised training that fine-tuning and few_labels.py share."""
 
 from __future__ import annotations
 
@@ -42,22 +42,19 @@ def train_classifier(
         `epoch`, `train_loss` and `train_accuracy` in [0, 1] after each epoch.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: a loss is not finite, or after the last epoch a weight.
     """
     wrapped, wrapped_optimizer = fabric.setup(classifier, optimizer)
     peak, batch = optimizer.defaults["lr"], min(batch_size, len(inputs))
     steps = len(inputs) // batch
     for epoch in range(start, epochs):
-        order = torch.randperm(
-            len(inputs), generator=devices.epoch_generator(seed, epoch, stream=2)
-        )
-        order = order.to(inputs.device)
-        generator = devices.epoch_generator(seed, epoch, inputs.device, stream=3)
-        losses = progress.EpochLoss(steps, epoch + 1, inputs.device)
-        correct = torch.zeros((), dtype=torch.long, device=inputs.device)
+        device = inputs.device
+        order = devices.epoch_order(len(inputs), seed, epoch, device, devices.SUPERVISED_ORDER)
+        generator = devices.epoch_generator(seed, epoch, device, devices.SUPERVISED_VIEWS)
+        losses = progress.EpochLoss(steps, epoch + 1, device)
+        correct = torch.zeros((), dtype=torch.long, device=device)
         classifier.train()
-        # What networks draw themselves, as for dropout, is the same in a resumed epoch.
-        torch.manual_seed(devices.epoch_generator(seed, epoch, stream=7).initial_seed())
+        devices.seed_network(seed, epoch)
         for step in range(steps):
             rate = progress.scheduled_rate(peak, epoch * steps + step, epochs * steps, 0, "cosine")
             optimizer.param_groups[0]["lr"] = rate

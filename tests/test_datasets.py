@@ -72,12 +72,12 @@ def test_channel_statistics_equal_numpy(shape):
 
 # Known mistake of public versions: the test images were normalised with their own statistics.
 def test_all_images_are_normalised_with_the_training_images_statistics():
-    data = example().measured()
+    data = example().with_statistics()
     mean, std = datasets.channel_statistics(data.train.images)
     other = datasets.channel_statistics(data.test.images)
     assert (mean / other[0] > 1.5).all()
     validation = datasets.Split(random_bytes(3, 3, 4, 5, seed=2), None)
-    for split in (data.train, data.test, validation.normalized_as(data.train)):
+    for split in (data.train, data.test, validation.with_statistics_of(data.train)):
         expected = reference.normalize(split.images / 255, mean.tolist(), std.tolist())
         for images in (split.images, split.images / 255):
             before = images.clone()
@@ -87,7 +87,7 @@ def test_all_images_are_normalised_with_the_training_images_statistics():
 
 def test_a_selection_keeps_images_labels_files_and_statistics_together():
     paths = np.array([f"{i}.png" for i in range(8)])
-    whole = dataclasses.replace(example().measured().train, paths=paths)
+    whole = dataclasses.replace(example().with_statistics().train, paths=paths)
     part = whole.select(torch.tensor([6, 1, 3]))
     assert len(part) == 3
     assert torch.equal(part.images, whole.images[[6, 1, 3]])
@@ -99,7 +99,7 @@ def test_a_selection_keeps_images_labels_files_and_statistics_together():
 
 
 def test_moving_to_a_device_moves_every_tensor():
-    data = example().measured().to("meta")
+    data = example().with_statistics().to("meta")
     for split in (data.train, data.test):
         for value in (split.images, split.labels, split.mean, split.std):
             assert value.device.type == "meta"
@@ -131,7 +131,7 @@ def test_fingerprint_tells_other_data(change):
 
 
 def test_fingerprint_is_of_the_content_alone():
-    data = dataclasses.replace(example(), name="the same from elsewhere").measured()
+    data = dataclasses.replace(example(), name="the same from elsewhere").with_statistics()
     train = dataclasses.replace(data.train, paths=np.array(["x.png"] * 8))
     transposed = train.images.mT.contiguous().mT  # the same pixels in another layout of memory
     train = dataclasses.replace(train, images=transposed)

@@ -502,7 +502,7 @@ def test_training_images_that_are_gone_are_left_out(trained, tmp_path, capsys, r
 
 
 def test_neighbours_are_looked_for_where_the_run_was_trained(trained, digits, tmp_path):
-    rest = digits.for_choosing()
+    rest = digits.with_validation_split()
     record = {"evaluate_on": "validation", "data": rest.fingerprint()}
     run = copy_without(trained, tmp_path / "run", **record)
     found = start(run, trained.images, tmp_path / "out")

@@ -133,7 +133,7 @@ def draw_matrix(count):
 
 def draw_views(path):
     images = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8)
-    split = datasets.ImageData("", (), datasets.Split(images, None), None).measured().train
+    split = datasets.ImageData("", (), datasets.Split(images, None), None).with_statistics().train
     functions.plot_views(path, images, split.normalize(torch.cat((images, images))), split)
 
 

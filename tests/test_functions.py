@@ -528,7 +528,7 @@ def probed(tmp_path_factory):
     """The probe stage of an untrained encoder on 90 digits: its folder, data, model, results."""
     folder = tmp_path_factory.mktemp("probed")
     whole = functions.load_images("digits")
-    test = whole.test.select(functions.shuffled(len(whole.test))[:90].sort().values)
+    test = whole.test.select(functions.fixed_permutation(len(whole.test))[:90].sort().values)
     data = datasets.ImageData("digits", whole.classes, whole.train, test)
     torch.manual_seed(0)
     model = SimpleNamespace(encoder=encoders.SmallEncoder(1, 8))
@@ -716,7 +716,7 @@ def test_curves_are_the_columns_of_the_table(tmp_path, drawn_figures):
         {"epoch": 4, "loss": 1.0, "train_loss": 1.0, "other_loss": 5.0}
         | {"train_accuracy": 0.75, "other_accuracy": 0.375},
     ]
-    functions.plot_loss(tmp_path / "plot.png", rows, "title")
+    figures.plot_loss(tmp_path / "plot.png", rows, "title")
     functions.plot_loss_and_accuracy(tmp_path / "plot.png", rows, "title", "other")
     (loss,), (losses, accuracies) = (figure.axes for figure in drawn_figures)
     assert curves(loss) == {"train": [[1, 3], [4, 1]]}
@@ -767,7 +767,7 @@ def test_names_of_classes_are_drawn_letter_by_letter(tmp_path, monkeypatch, draw
     functions.plot_per_class(tmp_path / "b.png", dict.fromkeys(STRANGE, 0.5), title)
     matrix = torch.eye(count)
     functions.plot_confusion_matrix(tmp_path / "c.png", matrix, STRANGE, title)
-    functions.plot_loss(tmp_path / "d.png", history(3), title)
+    figures.plot_loss(tmp_path / "d.png", history(3), title)
     functions.plot_loss_and_accuracy(tmp_path / "e.png", history(3), title)
     scatter, bars, cells, *_ = drawn_figures
     shown = [
@@ -820,7 +820,7 @@ def test_views_stand_beside_their_images_as_they_were(
 ):
     shape = (count, channels, 6, 6)
     images = torch.randint(256, shape, generator=seeded(), dtype=torch.uint8)
-    split = datasets.ImageData("", (), datasets.Split(images, None), None).measured().train
+    split = datasets.ImageData("", (), datasets.Split(images, None), None).with_statistics().train
     copies = torch.cat([images.flip(3) if v % 2 else images for v in range(views)])
     functions.plot_views(tmp_path / "plot.png", images, split.normalize(copies), split)
     (axes,) = drawn_figures[0].axes
@@ -841,8 +841,8 @@ def test_views_stand_beside_their_images_as_they_were(
 
 
 PLOTS = {
-    "loss": lambda path: functions.plot_loss(path, history(5), "title"),
-    "loss of one epoch": lambda path: functions.plot_loss(path, history(1), "title"),
+    "loss": lambda path: figures.plot_loss(path, history(5), "title"),
+    "loss of one epoch": lambda path: figures.plot_loss(path, history(1), "title"),
     "both": lambda path: functions.plot_loss_and_accuracy(path, history(5), "title"),
     "both of one epoch": lambda path: functions.plot_loss_and_accuracy(path, history(1), "title"),
     "scatter 3": lambda path: scatter(path, 3),

@@ -396,7 +396,7 @@ def test_the_encoders_file_is_the_query_encoder(finished):
         assert torch.equal(value, state[f"encoder.{name}"])
     assert not torch.equal(weights["0.weight"], state["key_encoder.0.0.weight"])
     encoder = frozen.load_encoder(finished, "cpu")
-    test = functions.load_images("digits").measured().test
+    test = functions.load_images("digits").with_statistics().test
     features = functions.extract_features(encoder.network, test, encoder.fabric)
     assert np.array_equal(features.numpy(), np.load(finished / "embeddings.npz")["features"])
 

@@ -295,7 +295,7 @@ class Monitor:
     """Remembers what it is asked, and answers with a column that says so."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.queries = [], torch.arange(5)
 
     def measure(self, encoder, z, epoch, last):
         self.calls.append((encoder, z.clone(), epoch, last))
@@ -309,7 +309,7 @@ def make_data(count=28, labels=True, name="noise"):
     rest = everything.select(torch.arange(count, len(images)))
     train = everything.select(torch.arange(count))
     classes = ("a", "b", "c") if labels else ()
-    return datasets.ImageData(name, classes, train, rest if labels else None).measured()
+    return datasets.ImageData(name, classes, train, rest if labels else None).with_statistics()
 
 
 def make_config(folder, **changes):
@@ -349,9 +349,9 @@ def pretrain(model, data, config, run, fabric):
 
 
 def train(module, folder, model, config, data, fabric):
-    """A script's pretraining, without its pictures, which take longer than tiny trainings."""
+    """A script's pretraining, without its picture, which takes longer than tiny trainings."""
     folder.mkdir(exist_ok=True)
-    with mock.patch.multiple(functions, plot_views=mock.DEFAULT, plot_loss=mock.DEFAULT):
+    with mock.patch.object(functions, "plot_views"):
         return module.pretrain(model, data, config, runs.Run(folder), fabric), model
 
 
@@ -482,7 +482,9 @@ def drive(training, losses, z):
 )
 def test_a_collapse_is_said_once(tmp_path, capsys, losses, spread, warned):
     column = {"embedding_std": spread}
-    monitor = SimpleNamespace(measure=lambda encoder, z, epoch, last: dict(column))
+    monitor = SimpleNamespace(
+        queries=range(9), measure=lambda encoder, z, epoch, last: dict(column)
+    )
     config = make_config(tmp_path, epochs=20)
     method = verdict.Method(chance_loss=0.0, collapse_loss=-1.0)
     training = make_training(tmp_path, config=config, monitor=monitor, method=method)
@@ -584,6 +586,20 @@ def experiment(config, data=None, stages=None, free=pretraining.EVALUATION):
     return pretraining.run_experiment(
         config, data or make_data(), Model, pretrain, stages or {}, free
     )
+
+
+def test_a_training_that_diverges_says_what_is_kept_and_a_stage_does_not(tmp_path, monkeypatch):
+    def diverge(*_):
+        raise Diverged("the loss is nan")
+
+    with pytest.raises(Diverged) as caught:
+        pretraining.run_experiment(make_config(tmp_path / "a"), make_data(), Model, diverge, {})
+    advice, command = caught.value.__notes__
+    assert "last finished epoch is kept: try a lower --learning-rate" in advice
+    assert "--resume" in command
+    with pytest.raises(Diverged) as caught:
+        experiment(make_config(tmp_path / "b", stages="pretrain,first"), stages={"first": diverge})
+    assert len(caught.value.__notes__) == 1  # the command alone
 
 
 @pytest.fixture(scope="module")
@@ -698,7 +714,8 @@ def test_more_epochs_of_a_finished_run_are_a_new_run_from_its_weights(tmp_path, 
 
 def test_the_final_loss_is_the_last_not_the_best(tmp_path):
     def pretrain(*arguments):
-        return [{"loss": 1.0, "seconds": 2.0}, {"loss": 3.0, "seconds": 4.0}]
+        times = ((1, 1.0, 2.0), (2, 3.0, 4.0))
+        return [{"epoch": n, "loss": loss, "seconds": seconds} for n, loss, seconds in times]
 
     summary = pretraining.run_experiment(make_config(tmp_path), make_data(), Model, pretrain, {})
     assert summary == {"final_loss": 3.0, "pretrain_seconds": 6.0, "seconds": 6.0}

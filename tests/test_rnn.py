@@ -193,8 +193,8 @@ def test_training_equals_a_naive_loop(tmp_path, monkeypatch, cell, schedule, oth
         seed=3,
     )
     data = datasets.ImageData("noise", ("a", "b", "c"), colour_split(46, 0), colour_split(9, 1))
-    data = data.measured()
-    validation = colour_split(30, 2).normalized_as(data.train)
+    data = data.with_statistics()
+    validation = colour_split(30, 2).with_statistics_of(data.train)
     if schedule == "plateau":  # of wrong labels the loss rises while the network learns
         validation = dataclasses.replace(validation, labels=(validation.labels + 1) % 3)
     model = rnn.make_model(config, cell, data).double()
@@ -307,7 +307,7 @@ def test_original_augmentation_flips_both_ways_rotates_and_jitters(monkeypatch):
 
 def test_batches_are_shuffled_and_augmented_anew_in_each_epoch(tmp_path, monkeypatch):
     split = colour_split(64, 0)
-    split = datasets.ImageData("noise", (), split, None).measured().train
+    split = datasets.ImageData("noise", (), split, None).with_statistics().train
     split = dataclasses.replace(split, labels=torch.arange(64))  # which image it is
     config = small_config(tmp_path, augmentation="original", batch_size=16)
 

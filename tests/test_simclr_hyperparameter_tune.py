@@ -201,7 +201,7 @@ def turned(images: np.ndarray) -> datasets.ImageData:
     pixels = torch.from_numpy(images.astype(np.uint8))[:, None]
     cut = len(pixels) * 3 // 4
     parts = (datasets.Split(part, None) for part in (pixels[:cut], pixels[cut:]))
-    return datasets.ImageData("turned", (), *parts).measured()
+    return datasets.ImageData("turned", (), *parts).with_statistics()
 
 
 class Pixels(torch.nn.Module):
@@ -323,7 +323,7 @@ def test_images_without_labels_are_scored_and_not_audited():
         classes=(),
         train=dataclasses.replace(data.train.select(torch.arange(300)), labels=None),
         test=dataclasses.replace(data.test.select(torch.arange(100)), labels=None),
-    ).measured()
+    ).with_statistics()
     scores = label_free.measure(Pixels(), bare, None)
     assert set(scores) == set(label_free.SCORES)
 

@@ -266,7 +266,7 @@ def load_resumed(folder):
 def tiny_data():
     split = datasets.Split(torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 4)
     test = datasets.Split(split.images[:8], split.labels[:8])
-    return datasets.ImageData("tiny", tuple("abcd"), split, test).measured()
+    return datasets.ImageData("tiny", tuple("abcd"), split, test).with_statistics()
 
 
 def load_labels(folder):
