@@ -24,7 +24,7 @@ SCORES = {
     "rankme": "RankMe, an effective rank",
     "alphareq": "-|alpha - 1|, alpha-ReQ",
 }
-AUDIT = {"linear": "linear probe", "knn": "kNN"}  # accuracies in [0, 1], on held-out images
+AUDIT = ("linear", "knn")  # linear probe and kNN, accuracies in [0, 1], on held-out images
 
 
 def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any) -> float:

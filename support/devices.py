@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 import platform
 import sys
@@ -114,12 +113,6 @@ def choose_precision(device: str, precision: str) -> tuple[str, str]:
     if fast:
         return "bfloat16", "the hardware multiplies in bfloat16"
     return "float32", "the hardware has no units for bfloat16 products"
-
-
-def with_chosen_precision(config: Any) -> Any:
-    """The same settings with `float32` or `bfloat16` instead of `auto`, as a run keeps it."""
-    precision, _ = choose_precision(config.device, config.precision)
-    return dataclasses.replace(config, precision=precision)
 
 
 def pick_precision(device: str, precision: str) -> Literal["bf16-mixed", "32-true"]:

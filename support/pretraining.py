@@ -318,11 +318,6 @@ class Pretraining:
             if fabric.is_global_zero:
                 files.write_csv(run.folder / "metrics.csv", self.history)
 
-    @property
-    def steps_left(self) -> int:
-        """How many steps the epochs have that are left."""
-        return (self.config.epochs - len(self.history)) * self.steps
-
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from 0.
 
@@ -330,7 +325,7 @@ class Pretraining:
             Diverged: a loss or a weight is not finite; the last finished epoch's checkpoint stays.
         """
         config, begin = self.config, len(self.history)
-        images = self.steps_left * config.batch_size
+        images = (config.epochs - begin) * self.steps * config.batch_size
         with progress.bar(images, "pretrain", self.fabric.is_global_zero) as self._bar:
             cost = self.steps * (1 + self._epochs_after(begin)) if begin < config.epochs else 0
             self._estimate = progress.Estimate(self._bar, cost)
@@ -481,7 +476,6 @@ def run_experiment(
     make_model: Callable[[Any, int, int], nn.Module],
     pretrain: Callable[[Any, datasets.ImageData, Any, runs.Run, Any], list[dict[str, Any]]],
     stages: Mapping[str, Stage],
-    free: frozenset[str] = EVALUATION,
 ) -> dict[str, Any]:
     """Pretrain (or restore a finished run), then do the other stages of `config`.
 
@@ -494,7 +488,6 @@ def run_experiment(
             `encoder`, which has `num_features`.
         pretrain: trains the model and returns the rows of `metrics.csv`.
         stages: by name; each returns what it adds to `summary.json`.
-        free: the settings that may differ when a finished run is evaluated again.
 
     Returns:
         What `summary.json` holds.
@@ -516,7 +509,7 @@ def run_experiment(
     with contextlib.ExitStack() as stack:
         run = None
         if main_process:
-            run = stack.enter_context(runs.open_run(config, data.fingerprint(), free))
+            run = stack.enter_context(runs.open_run(config, data.fingerprint(), EVALUATION))
         fabric.launch()
         run = runs.Run(Path(fabric.broadcast(str(run and run.folder))), *([run.log] if run else []))
         devices.seed_everything(config.seed)

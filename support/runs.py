@@ -190,8 +190,8 @@ def open_run(
     Raises:
         UserError: the folder exists already, cannot be written, or contradicts the settings.
     """
-    _, because = devices.choose_precision(config.device, config.precision)
-    config = devices.with_chosen_precision(config)
+    precision, because = devices.choose_precision(config.device, config.precision)
+    config = dataclasses.replace(config, precision=precision)
     session = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _git_commit(),

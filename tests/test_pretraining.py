@@ -582,10 +582,8 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path):
 # --------------------------------------------------------------------------- the experiment
 
 
-def experiment(config, data=None, stages=None, free=pretraining.EVALUATION):
-    return pretraining.run_experiment(
-        config, data or make_data(), Model, pretrain, stages or {}, free
-    )
+def experiment(config, data=None, stages=None):
+    return pretraining.run_experiment(config, data or make_data(), Model, pretrain, stages or {})
 
 
 def test_a_training_that_diverges_says_what_is_kept_and_a_stage_does_not(tmp_path, monkeypatch):
