@@ -261,7 +261,7 @@ def pretrain(
         The rows of `metrics.csv`.
 
     Raises:
-        Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
+        Diverged: the loss is not finite; the last checkpoint is kept.
     """
     rate, decay = config.learning_rate * config.batch_size / 256, config.weight_decay
     weights = model.query_parameters()
@@ -299,7 +299,7 @@ def pretrain(
             q = network(*queries)  # (b, D); symmetric (2b, D), whose loss is the mean of both
             k = torch.cat([part[training.share.part] for part in keys])  # as q
             loss = loss_function(q, k, model.queue, config.temperature)
-            training.record(loss, q)
+            training.record(loss, q[: len(images)])
             stepper.zero_grad()
             fabric.backward(loss)
             stepper.step()

@@ -313,7 +313,7 @@ def train(
         history: the rows of all cells so far; this cell's are appended.
 
     Raises:
-        Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
+        Diverged: the loss is not finite; the last checkpoint is kept.
     """
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)

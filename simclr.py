@@ -196,7 +196,7 @@ def pretrain(
         The rows of `metrics.csv`.
 
     Raises:
-        Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
+        Diverged: the loss is not finite; the last checkpoint is kept.
     """
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]

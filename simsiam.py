@@ -184,12 +184,13 @@ def pretrain(
         The rows of `metrics.csv`.
 
     Raises:
-        Diverged: the loss is not finite; the last finished epoch's checkpoint is kept.
+        Diverged: the loss is not finite; the last checkpoint is kept.
     """
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
-    method = verdict.Method(chance_loss=0.0, collapse_loss=-1.0)
+    passes = 2 if config.head == "paper" else 1
+    method = verdict.Method(chance_loss=0.0, collapse_loss=-1.0, passes=passes)
     training = pretraining.Pretraining(
         model, optimizer, data.train, config, run, fabric, monitor, method
     )

@@ -36,11 +36,11 @@ def check_finite(epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 @contextlib.contextmanager
 def advice_on_divergence() -> Iterator[None]:
-    """Let a training that leaves a checkpoint after each epoch say so when it diverges."""
+    """Let a training that leaves checkpoints say what to do when it diverges."""
     try:
         yield
     except Diverged as error:
-        error.add_note("The last finished epoch is kept: try a lower --learning-rate")
+        error.add_note("Try a new run with a lower --learning-rate")
         raise
 
 

@@ -128,6 +128,10 @@ class PretrainingConfig(settings.TrainingConfig):
             f"--view-size takes whole numbers from 1 to 9,999, not {self.view_size!r}",
         )
         require(
+            self.blur_probability == 0 or all(int(side) > 1 for side in sides),
+            "--blur-probability needs views of 2 pixels or more",
+        )
+        require(
             len(sides) <= self.epochs,
             f"--view-size {self.view_size} has more parts than there are --epochs",
         )
@@ -172,10 +176,16 @@ class PretrainingConfig(settings.TrainingConfig):
         return sides[epoch * len(sides) // self.epochs]
 
 
-# Settings of the stages after pretraining: a finished run may be evaluated again with others.
-EVALUATION = frozenset(
-    {"stages", "probe_epochs", "few_labels", "pixel_baseline", "finetune_epochs", "embedding"}
-)
+# Settings of the stages after pretraining, and the stage that reads each: a finished run may be
+# evaluated again with others.
+READ_BY = {
+    "probe_epochs": "probe",
+    "few_labels": "probe",
+    "pixel_baseline": "probe",
+    "finetune_epochs": "finetune",
+    "embedding": "embed",
+}
+EVALUATION = frozenset({"stages", *READ_BY})
 
 
 def crop_views(
@@ -310,7 +320,8 @@ class Pretraining:
         self.share = Share(fabric, config.batch_size, views)
         self.steps = len(train) // config.batch_size  # a smaller last batch is left out
         self.history: list[dict[str, Any]] = []
-        self._constant = bool((train.images[:1000] == train.images[:1]).all())
+        some = train.images[:: max(1, len(train) // 1000)]  # a folder's are sorted by class
+        self._constant = bool((some == some[:1]).all())
         self._saver = checkpoints.Saver(config.checkpoint_seconds)
         checkpoint = run.folder / "checkpoint.pt"
         if config.resume is not None and checkpoint.exists():
@@ -322,7 +333,7 @@ class Pretraining:
         """The epochs that are left, from 0.
 
         Raises:
-            Diverged: a loss or a weight is not finite; the last finished epoch's checkpoint stays.
+            Diverged: a loss or a weight is not finite; the last checkpoint is kept.
         """
         config, begin = self.config, len(self.history)
         images = (config.epochs - begin) * self.steps * config.batch_size
@@ -356,7 +367,6 @@ class Pretraining:
             index = order[step * size : (step + 1) * size]
             images = self.train.images[index[self.share.part]]
             yield epoch * self.steps + step, images, generator
-            self._estimate.step()
 
     def rate(self, peak: float, step: int) -> float:
         """The learning rate of a step: linear warm-up to `peak`, then `config.schedule`."""
@@ -377,6 +387,7 @@ class Pretraining:
         several = self.fabric.world_size > 1  # all of them see the same loss, and stop together
         self._loss = self.fabric.all_reduce(loss.detach()) if several else loss.detach()
         self._losses.add(self._loss)
+        self._estimate.step()
         self._bar.update(self.config.batch_size)
         self._z, self._views = z.detach(), views
 
@@ -437,7 +448,12 @@ class Pretraining:
             warmup_epochs=config.warmup_epochs,
             embeddings=len(z),
             size=z.shape[1],
-            normalised=min([len(self._z), *(m.images for m in layers if hasattr(m, "images"))]),
+            normalised=min(
+                [
+                    len(self._z) // self.method.passes,
+                    *(m.images for m in layers if hasattr(m, "images")),
+                ]
+            ),
             knn_chance=verdict.luck(self.train.labels, len(self.monitor.queries)),
             constant=self._constant,
             frozen=any(not layer.training for layer in layers),
@@ -509,7 +525,9 @@ def run_experiment(
     with contextlib.ExitStack() as stack:
         run = None
         if main_process:
-            run = stack.enter_context(runs.open_run(config, data.fingerprint(), EVALUATION))
+            unread = frozenset(k for k, stage in READ_BY.items() if stage not in config.stage_names)
+            opened = runs.open_run(config, data.fingerprint(), EVALUATION, unread)
+            run = stack.enter_context(opened)
         fabric.launch()
         run = runs.Run(Path(fabric.broadcast(str(run and run.folder))), *([run.log] if run else []))
         devices.seed_everything(config.seed)
@@ -600,7 +618,7 @@ def with_warm_restart(config: Any) -> tuple[Any, str]:
         return config, ""
     saved = files.read_json(folder / "config.json")
     finished = saved.get("epochs") == checkpoints.load(checkpoint)["epoch"] < config.epochs
-    if not finished:
+    if not finished or "pretrain" not in config.stage_names:
         return config, ""
     line = (
         f"{folder} has finished its {saved['epochs']} epochs: a new run starts from its weights, "

@@ -173,7 +173,10 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    config: Any, fingerprint: str | None = None, free: frozenset[str] = frozenset()
+    config: Any,
+    fingerprint: str | None = None,
+    free: frozenset[str] = frozenset(),
+    unread: frozenset[str] = frozenset(),
 ) -> Iterator[Run]:
     """Make (or, with `config.resume`, reopen) the run folder and write `config.json`.
 
@@ -182,7 +185,8 @@ def open_run(
             that `auto` chooses is written into `config.json`, so that a resumed run keeps it.
         fingerprint: of the data, which must be the same on resume.
         free: further settings that may differ from the saved ones on resume; `config.json` then
-            has the new ones.
+            has the new ones,
+        unread: but of these, which do not matter to what is done now.
 
     Yields:
         The run. An error that leaves the block carries a note that says how to go on.
@@ -214,13 +218,15 @@ def open_run(
         else:
             folder = Path(config.resume)
             stack.enter_context(files.locked(folder, wait=False))
-            record = _reopen(folder, config, fingerprint, free, session)
+            record = _reopen(folder, config, fingerprint, free, unread, session)
         files.write_json(folder / "config.json", record)
         for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
             left_behind.unlink(missing_ok=True)
         log = stack.enter_context(metric_logger(config, folder))
         try:
             yield Run(folder, log)
+        except Diverged:  # which a resumed run would, too
+            raise
         except BaseException as error:
             command = f"python {_script_path(config)} --resume {shlex.quote(str(folder))}"
             error.add_note(f"Continue with: {command}")
@@ -232,6 +238,7 @@ def _reopen(
     config: Any,
     fingerprint: str | None,
     free: frozenset[str],
+    unread: frozenset[str],
     session: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `config.json` for a run that goes on; raises UserError if it cannot."""
@@ -259,7 +266,8 @@ def _reopen(
         print("The result may differ in the last bits: " + "; ".join(changed) + ".")
     before = record.get("resumed")
     # What the numbers are made with from now on; the stages of a run are those it began with.
-    asked = {name: value for name, value in vars(config).items() if name in free - {"stages"}}
+    kept = unread | {"stages"}
+    asked = {name: value for name, value in vars(config).items() if name in free - kept}
     return record | asked | {"resumed": [*(before if isinstance(before, list) else []), session]}
 
 

@@ -66,7 +66,7 @@ CAUSES = {
     "small batch": (
         "doubtful",
         "BatchNorm's variances are half noise with so few images",
-        "a larger --batch-size",
+        "a larger --batch-size, or of MoCo fewer --bn-splits",
     ),
 }
 
@@ -77,12 +77,14 @@ class Method:
 
     `chance_loss` is that of embeddings which say nothing of their image, `collapse_loss` that of
     equal embeddings; None stands for `chance_loss`, as of NT-Xent. A lower one is a reward for a
-    collapse. `temperature` is that of a softmax over negatives.
+    collapse. `temperature` is that of a softmax over negatives. `passes` says through how many
+    forward passes a step's views go, each with BatchNorm's statistics of its own.
     """
 
     chance_loss: float = math.inf
     collapse_loss: float | None = None
     temperature: float | None = None
+    passes: int = 1
 
     @property
     def rewards_collapse(self) -> bool:

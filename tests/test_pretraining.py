@@ -592,12 +592,10 @@ def test_a_training_that_diverges_says_what_is_kept_and_a_stage_does_not(tmp_pat
 
     with pytest.raises(Diverged) as caught:
         pretraining.run_experiment(make_config(tmp_path / "a"), make_data(), Model, diverge, {})
-    advice, command = caught.value.__notes__
-    assert "last finished epoch is kept: try a lower --learning-rate" in advice
-    assert "--resume" in command
+    assert caught.value.__notes__ == ["Try a new run with a lower --learning-rate"]
     with pytest.raises(Diverged) as caught:
         experiment(make_config(tmp_path / "b", stages="pretrain,first"), stages={"first": diverge})
-    assert len(caught.value.__notes__) == 1  # the command alone
+    assert not hasattr(caught.value, "__notes__")
 
 
 @pytest.fixture(scope="module")

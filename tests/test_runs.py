@@ -219,8 +219,12 @@ def test_resume_allows_another_evaluation_where_that_is_free(started, user_error
     # What the numbers come from now; the stages are those of the whole run.
     saved = resume(folder)
     assert getattr(saved, name) == (getattr(config, name) if name == "stages" else value)
-    other = dataclasses.replace(saved, **{name: getattr(config, name)})
-    other = other if name != "stages" else again
+    # A stage that does not run leaves the record of what it was run with.
+    first = dataclasses.replace(saved, **{name: getattr(config, name)})
+    with runs.open_run(first, free=pretraining.EVALUATION, unread=frozenset({name})):
+        pass
+    assert getattr(resume(folder), name) == getattr(saved, name)
+    other = first if name != "stages" else again
     with user_error(settings.flag(name)), runs.open_run(other):
         pass
 
@@ -430,6 +434,9 @@ def test_exit_codes_and_the_command_to_go_on(
     (line,) = lines
     for word in words:
         assert word in line
+    if words[0] == "error: the loss is nan":  # a resumed run would diverge again
+        assert "--resume" not in line
+        return
     # What is copied from "python" to the end of the line must work.
     command = shlex.split(line[line.index("python simclr.py") :])
     assert command[-2:] == ["--resume", str(tmp_path / "simclr" / "run")]
