@@ -187,11 +187,11 @@ def make_table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[li
 
 
 def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[str]:
-    """A line per group with the settings in which the groups of its script differ."""
+    """A line per group with the settings that other groups have, too, but with other values."""
     lines = []
     for runs, name in zip(groups, names, strict=True):
         first = runs[0]
-        others = [other[0].settings for other in groups if other[0].script == first.script]
+        others = [other[0].settings for other in groups]
         keys = [
             key
             for key, value in first.settings.items()

@@ -228,6 +228,7 @@ def finetune(
     title = f"Fine-tuned on all labels, {data.name}: {final:.1%}"
     functions.plot_loss_and_accuracy(folder / "finetune.png", history, title)
     title = f"Fine-tuned, {data.name}"
+    print("After fine-tuning:")
     accuracies = functions.report_classes(predictions.cpu(), data, folder, "finetune_", title)
     checkpoints.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
     return {"finetune_accuracy": final, "finetune_per_class_accuracy": accuracies}

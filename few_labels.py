@@ -345,10 +345,13 @@ def with_data_of_runs(config: Config) -> Config:
         UserError: the runs are of several data sets.
     """
     records = [files.read_json(Path(folder) / "config.json") for folder in config.runs]
-    names = sorted({str(record.get("dataset")) for record in records}) or ["fashion-mnist"]
+    # A folder may be spelled in several ways; older runs have its name only.
+    names = {str(record.get("data") or record["dataset"]): record["dataset"] for record in records}
+    names = names or {"": "fashion-mnist"}
     require(
         len(names) == 1 or bool(config.dataset),
-        f"the runs are of several data sets: {', '.join(names)}",
+        f"the runs are of several data sets: {', '.join(sorted(names.values()))}; if they are "
+        "the same images, give one with --dataset",
     )
     first = records[0] if records else {}
     told: dict[str, Any] = {
@@ -356,7 +359,7 @@ def with_data_of_runs(config: Config) -> Config:
     }
     if first.get("value_range"):
         told["value_range"] = tuple(first["value_range"])
-    return dataclasses.replace(config, dataset=config.dataset or names[0], **told)
+    return dataclasses.replace(config, dataset=config.dataset or next(iter(names.values())), **told)
 
 
 def check_runs(config: Config, starts: dict[str, Start], data: datasets.ImageData) -> None:

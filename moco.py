@@ -278,6 +278,11 @@ def pretrain(
     network, stepper = fabric.setup(compiled(model), optimizer)
     key_network = compiled(model.key_encoder)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(info_nce_loss)
+    if fabric.is_global_zero and config.queue_size > len(data.train):
+        print(
+            f"--queue-size {config.queue_size} is more than the {len(data.train)} images: each is "
+            "among its own negatives; take a smaller one"
+        )
     for epoch in training.epochs():
         shuffling = devices.epoch_generator(config.seed, epoch, fabric.device, devices.KEY_ORDER)
         for step, images, generator in training.batches(epoch):

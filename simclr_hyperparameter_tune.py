@@ -224,7 +224,8 @@ def load_splits(config: Config) -> datasets.ImageData:
     require(
         len(data.train) >= largest,
         f"there are {len(data.train)} images to train on, fewer than the largest batch of the "
-        f"search ({largest})",
+        f"search ({largest}): a tenth of the images scores the settings, so the folder must hold "
+        f"about {largest * 10 // 9 + 1}, with labels a quarter more",
     )
     return data
 

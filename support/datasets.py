@@ -117,6 +117,10 @@ class ImageData:
         parts += [f"{len(self.test):,} test images"] if self.test else []
         parts += [f"{channels} x {height} x {width}"]
         parts += [f"{len(self.classes)} classes"] if self.classes else ["no labels"]
+        if self.test and self.classes:
+            counts = self.test.labels.bincount(minlength=len(self.classes)).tolist()
+            untested = [name for name, n in zip(self.classes, counts, strict=True) if n == 0]
+            parts += [f"no test images of {' or '.join(untested)}"] if untested else []
         if self.value_range:
             low, high = self.value_range
             parts += [f"values from {low:g} (black) to {high:g} (white, see --value-range)"]
@@ -140,8 +144,8 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
         )
     except ValueError as error:
         raise UserError(
-            f"too few images to split: each class needs one at least on both sides of a share of "
-            f"{fraction:.4g}"
+            f"too few images to split off a share of {fraction:.4g}: each class needs two or more, "
+            "and each part as many images as there are classes"
         ) from error
     rest, held_out = (torch.from_numpy(np.sort(part)) for part in parts)
     return split.select(rest), split.select(held_out)

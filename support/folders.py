@@ -367,6 +367,8 @@ def _decode_into(
                     raise UserError(f"{paths[row]} cannot be read: {failed[row]}")
         if failed and strict:
             row = min(failed)
+            for other in sorted(failed)[:20] if len(failed) > 1 else ():
+                print(f"cannot be read: {paths[other]}: {failed[other]}")
             raise UserError(
                 f"{len(failed)} of {len(paths)} images in {folder} cannot be read; the first is "
                 f"{paths[row]}: {failed[row]}. Repair or remove them"

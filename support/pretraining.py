@@ -328,6 +328,8 @@ class Pretraining:
             _, self.history = checkpoints.restore(checkpoint, model, optimizer)
             if fabric.is_global_zero:
                 files.write_csv(run.folder / "metrics.csv", self.history)
+                if len(self.history) < config.epochs:
+                    print(f"goes on after epoch {len(self.history)} of {config.epochs}")
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from 0.
@@ -602,7 +604,12 @@ def run_experiment(
             raise UserError(f"{path} is damaged: {error!r}") from error
         if data.classes:
             folder = shlex.quote(str(run.folder))
-            print(f"What it buys when few images have labels: python few_labels.py {folder}")
+            methods = "--methods mean,linear,spreading"  # those that take seconds
+            held_out = (
+                "" if config.evaluate_on == "test" else f" --evaluate-on {config.evaluate_on}"
+            )
+            print("What it buys when few images have labels:")
+            print(f"  python few_labels.py {folder} {methods}{held_out}")
     return summary
 
 
@@ -644,7 +651,8 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
     images = len(data.train)
     require(
         config.batch_size <= images,
-        f"--batch-size {config.batch_size} is larger than the data set ({images} images)",
+        f"--batch-size {config.batch_size} is larger than the data set ({images} images): try "
+        f"{2 ** int(math.log2(max(4, images)) - 1)}",
     )
     require(
         config.batch_size % processes == 0,

@@ -91,7 +91,8 @@ def changed_rows(record: dict[str, Any], config_class: Any) -> list[tuple[str, s
     for name, words in flags.items():
         default = defaults[name]
         shown = "unset" if default is None else default
-        rows.append((name, f"{' '.join(words[1:]) or words[0]} (default: {shown})"))
+        given = words if not words[0].startswith("--") else words[1:] or words
+        rows.append((name, f"{' '.join(given)} (default: {shown})"))
     return rows
 
 

@@ -39,6 +39,8 @@ def estimate_time(tasks: Sequence[Task], rows: Rows, workers: int) -> str:
     kinds = [_kind(task) for task in tasks]
     seconds = sum(float(np.mean(spent[kind])) for kind in kinds if kind in spent) / workers
     words = "about" if all(kind in spent for kind in kinds) else "more than"
+    if not seconds and words == "more than":
+        return "how long they take is known when the first of each kind are done"
     return f"{words} {progress.format_seconds(seconds)}"
 
 
@@ -189,10 +191,16 @@ def plot_scores(path: Path, rows: Rows, styles: dict[str, tuple[str, ...]], titl
                 label = figures.plain(name.replace(f", {panel}", ""))
                 axes.plot(counts, mean, f"o{line}", color=color, label=label)
                 low, high = mean - spread, mean + spread
-                axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
+                if len(ticks) > 1:
+                    axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
+                else:
+                    axes.vlines(counts, low, high, color=color, alpha=0.4)
             if best and panel != "without pretraining":
-                rival = zip(*sorted(best.items()), strict=True)
-                axes.plot(*rival, "--", color="black", label="best without pretraining")
+                rival, look = sorted(best.items()), {"color": "black", "linestyle": "--"}
+                if len(rival) > 1:
+                    axes.plot(*zip(*rival, strict=True), label="best without pretraining", **look)
+                else:
+                    axes.axhline(rival[0][1], label="best without pretraining", **look)
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{n / 1000:g}k" if n >= 1000 else str(n) for n in ticks])
             axes.minorticks_off()

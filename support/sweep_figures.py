@@ -163,6 +163,7 @@ def plot_settings(
                     for value, (trial, _) in zip(drawn, chosen, strict=True)
                 ]
                 axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+                axes.set_xlim(-0.5, len(choices) - 0.5)
             dots = [(x, y, trial) for x, (trial, y) in zip(places, chosen, strict=True)]
             for state, color in STATE_COLORS.items():
                 points = [(x, y) for x, y, trial in dots if trial.state.name == state]
