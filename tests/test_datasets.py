@@ -189,6 +189,14 @@ def test_hold_out_says_itself_that_images_are_too_few(user_error, counts, fracti
         datasets.hold_out(numbered_split(counts), fraction)
 
 
+def test_a_class_without_test_images_is_named():
+    train, test = (datasets.Split(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2])),) * 2
+    data = datasets.ImageData("plants", ("moss", "oak", "rose"), train, test)
+    assert str(data).endswith("3 classes")
+    part = dataclasses.replace(data, test=test.select(torch.tensor([1])))
+    assert str(part).endswith("3 classes, no test images of moss or rose")
+
+
 # downloads
 
 

@@ -17,7 +17,7 @@ import classifiers
 import few_labels
 import functions
 import simsiam
-from support import datasets, files, graphs, neighbours, pool, scores, settings
+from support import datasets, files, graphs, neighbours, pool, report, scores, settings
 from support.errors import UserError
 
 
@@ -569,6 +569,20 @@ def test_runs_stand_without_a_flag(tmp_path):
 def test_a_mistake_in_a_flag_is_one_line(line, message, user_error):
     with user_error(message):
         parse(line)
+
+
+def test_one_data_set_may_be_spelled_in_two_ways(tmp_path, user_error):
+    for name, dataset, data in (("a", "plants", "1f"), ("b", "plants/", "1f"), ("c", "other", "2")):
+        (tmp_path / name).mkdir()
+        record = {"dataset": dataset, "data": data}
+        (tmp_path / name / "config.json").write_text(json.dumps(record))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    config = few_labels.Config(runs=(a, b))
+    assert few_labels.with_data_of_runs(config).dataset.rstrip("/") == "plants"
+    with user_error("several data sets: other, plants", "--dataset"):
+        few_labels.with_data_of_runs(few_labels.Config(runs=(a, c)))
+    told = dict(report.changed_rows({"runs": [a, b]}, few_labels.Config))
+    assert told["--runs"].startswith(f"{a} {b} ")
 
 
 def test_runs_that_do_not_fit_are_one_line(pretrained, tmp_path, user_error):

@@ -317,6 +317,12 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, s
     assert all(weight.grad is None for weight in model.key_encoder.parameters())
 
 
+def test_a_queue_of_more_keys_than_images_is_announced(tmp_path, capsys, fabric):
+    for size, said in ((24, 0), (32, 1)):
+        pretrain(tmp_path / str(size), small_config(queue_size=size, epochs=1), make_data(), fabric)
+        assert capsys.readouterr().out.count("more than the 28 images") == said
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabric, symmetric):
     config, data = small_config(epochs=4, symmetric=symmetric), make_data()

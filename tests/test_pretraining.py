@@ -228,6 +228,7 @@ class Config(
         ("--encoder resnet18 --view-size 8,", "whole numbers from 1 to 9,999"),
         (f"--encoder resnet18 --view-size {'1' * 5000}", "whole numbers from 1 to 9,999"),
         ("--encoder resnet18 --view-size 8,8,8,16", "more parts"),
+        ("--encoder resnet18 --view-size 1 --blur-probability 0.5", "--blur-probability needs"),
         ("--encoder resnet19", "timm:NAME"),
         ("--resume nowhere", "not a run folder"),
         ("--epoch 3", "unrecognized arguments"),
@@ -464,6 +465,18 @@ def test_checkpoints_are_kept_every_so_many_epochs(tmp_path, every, kept):
         state = checkpoints.load(tmp_path / "checkpoints" / f"epoch{epoch}.pt")
         assert state["epoch"] == len(state["history"]) == epoch
         assert torch.equal(state["model"]["head.weight"], weights[epoch - 1])
+
+
+@pytest.mark.parametrize(("equal", "cause"), [(1000, "good"), (3000, "constant images")])
+def test_equal_images_of_the_first_class_are_not_all(tmp_path, equal, cause):
+    images = noise(3000, seed=4)
+    images[:equal] = 7
+    train = dataclasses.replace(make_data().train, images=images)
+    config, model = make_config(tmp_path), Model(make_config(tmp_path), 3, 8)
+    rest = runs.Run(tmp_path), devices.make_fabric("cpu", "float32"), Monitor()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    training = pretraining.Pretraining(model, optimizer, train, config, *rest)
+    assert training._constant == (cause != "good")
 
 
 def drive(training, losses, z):

@@ -227,6 +227,30 @@ def test_the_scores_without_labels_are_what_was_measured():
             assert line[f"{data}, behind"] == f"{100 * row['behind']:.1f}"
 
 
+def test_the_winners_of_the_sweeps_are_what_was_measured():
+    data = {"fashion-mnist": "FashionMNIST", "data/cifar10-images": "CIFAR-10 JPEG"}
+    kinds = {2: "the defaults", 4: "the winner's"}
+    found = {
+        (data[runs[0].settings["dataset"]], kinds[runs[0].settings["views"]]): runs
+        for runs in measured("simclr-sweep-winners")
+    }
+    rows = table("docs/results.md", "### The winners beside the defaults")
+    assert {(row["data"], row["settings"]) for row in rows} == found.keys()
+    for row in rows:
+        runs = found[row["data"], row["settings"]]
+        assert [row[name] for name in ("seeds", "linear probe", "kNN")] == shown(runs)[:3]
+        assert row["epochs"] == str(len(runs[0].rows))
+        fastest = min(epoch["seconds"] for run in runs for epoch in run.rows)
+        assert row["minutes"] == f"{fastest * len(runs[0].rows) / 60:.0f}"
+    for name, sweep in (("FashionMNIST", "fashion-mnist"), ("CIFAR-10 JPEG", "cifar10")):
+        best = json.loads((ROOT / f"docs/results/simclr-sweep-{sweep}/best.json").read_text())
+        trained = found[name, "the winner's"][0].settings
+        for setting in best.keys() & trained.keys() - {"epochs", "jitter"}:
+            assert trained[setting] == pytest.approx(best[setting], rel=0.01) or (
+                (name, setting) == ("FashionMNIST", "grayscale_probability")  # of one channel
+            )
+
+
 def test_the_speed_table_says_what_was_measured():
     command = [sys.executable, str(ROOT / "benchmarks/table.py")]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
