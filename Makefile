@@ -1,7 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
-# Python compiles what it imports; compiling all that is installed takes longer than the download.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # LOCKED=1 installs exactly the versions of requirements.lock.
 REQUIREMENTS = requirements.$(if $(LOCKED),lock,txt)
 INSTALLED = .venv/installed$(if $(LOCKED),-locked)
