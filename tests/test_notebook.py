@@ -1,9 +1,13 @@
+import dataclasses
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 import simclr
+from support import datasets
+from support.errors import UserError
 
 DOCS = Path(simclr.__file__).resolve().parent / "docs"
 
@@ -27,3 +31,41 @@ def test_the_first_steps_can_be_taken(monkeypatch):
     (numbers,) = [cell for cell in cells if "numbers.items()" in cell.source]
     assert "linear_probe_accuracy" in numbers.outputs[0]["data"]["text/plain"]
     assert "± " in cells[-1].outputs[0].text
+
+
+def test_main_can_be_called_again_after_an_error(tmp_path, monkeypatch, capfd):
+    config = simclr.Config(
+        dataset="digits",
+        encoder="small",
+        epochs=2,
+        batch_size=256,
+        few_labels=0,
+        probe_epochs=3,
+        stages="pretrain,probe",
+        output_dir=str(tmp_path),
+        name="first",
+        device="cpu",
+    )
+    first = simclr.main(config)
+    with pytest.raises(UserError):
+        simclr.main(config)  # the folder is there
+    with monkeypatch.context() as patch:
+        normalize, calls = datasets.Split.normalize, []
+
+        def interrupted(split, images):
+            calls.append(1)
+            if len(calls) == 8:  # in the second epoch
+                raise KeyboardInterrupt
+            return normalize(split, images)
+
+        patch.setattr(datasets.Split, "normalize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            simclr.main(dataclasses.replace(config, name="interrupted"))
+    again = simclr.main(dataclasses.replace(config, name="again"))
+    folder = tmp_path / "simclr" / "interrupted"
+    resumed = simclr.main(dataclasses.replace(config, name="interrupted", resume=str(folder)))
+    for name in ("final_loss", "linear_probe_accuracy", "per_class_accuracy"):
+        assert first[name] == again[name] == resumed[name]
+    output = capfd.readouterr()
+    assert output.err == ""
+    assert "\r" not in output.out

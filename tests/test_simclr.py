@@ -608,7 +608,6 @@ def test_a_small_folder_goes_through_every_stage(tmp_path, capsys, labels):
         assert "labels" not in saved
 
 
-@pytest.mark.slow
 def test_real_images(tmp_path, monkeypatch):
     if not CIFAR10_IMAGES.is_dir():
         pytest.skip(f"{CIFAR10_IMAGES} is not here")
