@@ -189,7 +189,8 @@ def open_run(
         unread: but of these, which do not matter to what is done now.
 
     Yields:
-        The run. An error that leaves the block carries a note that says how to go on.
+        The run. An error that leaves the block, but for `Diverged`, carries a note that says how to
+        go on.
 
     Raises:
         UserError: the folder exists already, cannot be written, or contradicts the settings.

@@ -195,6 +195,16 @@ def test_a_figure_that_cannot_be_written(tmp_path, user_error, figure):
         compare.main([*runs, "--figure", figure])
 
 
+def test_runs_of_two_scripts_are_told_apart_by_what_both_have(tmp_path, capsys):
+    first = simclr_run(tmp_path / "a", 0, 0.7, 3.0, probe_epochs=5, views=2)
+    other = simclr_run(tmp_path / "b", 0, 0.8, 3.0, probe_epochs=100, script="moco")
+    compare.main([first, other])
+    said = capsys.readouterr().out
+    assert "probe_epochs 5" in said
+    assert "probe_epochs 100" in said
+    assert "views" not in said
+
+
 def test_as_a_command(tmp_path, monkeypatch, capsys, signals):
     runs = [simclr_run(tmp_path / name, 0, 0.7, 3.0, x=name) for name in ("a", "b")]
     monkeypatch.setattr(sys, "argv", ["compare.py", *runs, "--figure", "x.txt"])
