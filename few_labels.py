@@ -185,9 +185,7 @@ def list_tasks(config: Config, starts: dict[str, Start], images: int) -> list[Ta
 
 def load_data(config: Config) -> datasets.ImageData:
     """The data set, for choosing settings without its test images."""
-    data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    )
+    data = functions.load_dataset(config)
     require(bool(data.classes), f"{data.name} has no labels")
     return data.with_validation_split() if config.evaluate_on == "validation" else data
 

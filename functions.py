@@ -32,6 +32,7 @@ from support import (
     folders,
     neighbours,
     progress,
+    settings,
 )
 from support.errors import Diverged, UserError, require
 
@@ -90,6 +91,13 @@ def load_images(
     require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
     rules = rules or decoding.PixelRules()
     return folders.load_folder(Path(folder), Path(data_dir), image_size, rules).with_statistics()
+
+
+def load_dataset(config: settings.RunConfig) -> datasets.ImageData:
+    """The data set that a script's settings name, as `load_images` loads it."""
+    return load_images(
+        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
+    )
 
 
 def _load_digits() -> datasets.ImageData:

@@ -327,9 +327,7 @@ def main(config: Config) -> dict[str, Any]:
         config.bn_splits == 1 or config.bn_splits % (processes * nodes) == 0,
         f"--bn-splits {config.bn_splits} does not divide among {processes * nodes} processes",
     )
-    data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    )
+    data = functions.load_dataset(config)
     stages = {
         "probe": evaluation.probe,
         "embed": evaluation.embed,

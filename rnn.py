@@ -213,9 +213,7 @@ def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
     Raises:
         UserError: the data cannot be used, has no labels, or is smaller than a batch.
     """
-    data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    )
+    data = functions.load_dataset(config)
     require(bool(data.classes), f"{data.name} has no labels: a classifier needs them")
     train, validation = datasets.hold_out(data.train, 0.1, seed=0)
     if config.train_fraction < 1:

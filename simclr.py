@@ -241,9 +241,7 @@ def main(config: Config) -> dict[str, Any]:
     """
     if config.optimizer == "lars":
         runs.require_package("pytorch_optimizer", "pytorch-optimizer", "--optimizer lars")
-    data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    )
+    data = functions.load_dataset(config)
     stages = {
         "probe": evaluation.probe,
         "embed": evaluation.embed,

@@ -217,9 +217,7 @@ def load_splits(config: Config) -> datasets.ImageData:
     Raises:
         UserError: the data cannot be used, or are fewer than the largest batch of the search.
     """
-    data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    ).with_validation_split()
+    data = functions.load_dataset(config).with_validation_split()
     largest = max(SPACE["batch_size"])
     require(
         len(data.train) >= largest,

@@ -258,9 +258,7 @@ def main(config: Config) -> dict[str, Any]:
         UserError: data, settings or a run folder that cannot be used.
         Diverged: the loss is not finite.
     """
-    data = functions.load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
-    )
+    data = functions.load_dataset(config)
     stages = {"probe": evaluation.probe, "embed": embed}
     return pretraining.run_experiment(config, data, SimSiam, pretrain, stages)
 
