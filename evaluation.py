@@ -22,7 +22,6 @@ from support import (
     checkpoints,
     datasets,
     devices,
-    encoders,
     figures,
     files,
     frozen,
@@ -178,9 +177,8 @@ def finetune(
     """
     devices.seed_everything(config.seed)
     layer = nn.Linear(model.encoder.num_features, len(data.classes))
-    channels, side = data.train.images.shape[1:3]
     # A copy, as other stages want the frozen one; with plain BatchNorm, whatever pretraining had.
-    encoder = encoders.make_encoder(config.encoder, config.stem, channels, side, config.width)
+    encoder = config.make_encoder(*data.train.images.shape[1:3])
     encoder.load_state_dict(model.encoder.state_dict())
     classifier = nn.Sequential(encoder, layer).to(fabric.device)
     classifier = classifier.to(memory_format=torch.channels_last)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import datasets, devices, encoders, pretraining, runs, settings, verdict
+from support import datasets, devices, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -171,9 +171,7 @@ class MoCo(nn.Module):
 
     def __init__(self, config: Config, channels: int, image_size: int):
         super().__init__()
-        self.encoder: Any = encoders.make_encoder(
-            config.encoder, config.stem, channels, image_size, config.width
-        )
+        self.encoder: Any = config.make_encoder(channels, image_size)
         if config.bn_splits > 1:
             split_batch_norms(self.encoder, config.batch_size // config.bn_splits)
         features, size = self.encoder.num_features, config.projection_size

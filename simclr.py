@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import datasets, encoders, pretraining, runs, settings, verdict
+from support import datasets, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -76,9 +76,7 @@ class SimCLR(nn.Module):
 
     def __init__(self, config: Config, channels: int, image_size: int):
         super().__init__()
-        self.encoder: Any = encoders.make_encoder(
-            config.encoder, config.stem, channels, image_size, config.width
-        )
+        self.encoder: Any = config.make_encoder(channels, image_size)
         features, size = self.encoder.num_features, config.projection_size
         self.projection_head: nn.Module = {
             "nonlinear": lambda: nn.Sequential(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import augment, datasets, encoders, files, pretraining, randaugment, runs, verdict
+from support import augment, datasets, files, pretraining, randaugment, runs, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -83,9 +83,7 @@ class SimSiam(nn.Module):
 
     def __init__(self, config: Config, channels: int, image_size: int):
         super().__init__()
-        self.encoder: Any = encoders.make_encoder(
-            config.encoder, config.stem, channels, image_size, config.width
-        )
+        self.encoder: Any = config.make_encoder(channels, image_size)
         features, size, hidden = self.encoder.num_features, 2048, 512
         if config.head == "original":
             self.projector: nn.Module = nn.Identity()

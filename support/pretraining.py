@@ -175,6 +175,10 @@ class PretrainingConfig(settings.TrainingConfig):
         sides = [int(side) for side in self.view_size.split(",")]
         return sides[epoch * len(sides) // self.epochs]
 
+    def make_encoder(self, channels: int, image_size: int) -> Any:
+        """A new encoder `(B, C, H, W) -> (B, num_features)`, as `encoders.make_encoder` says."""
+        return encoders.make_encoder(self.encoder, self.stem, channels, image_size, self.width)
+
 
 # Settings of the stages after pretraining, and the stage that reads each: a finished run may be
 # evaluated again with others.
