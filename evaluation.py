@@ -230,3 +230,6 @@ def finetune(
     accuracies = functions.report_classes(predictions.cpu(), data, folder, "finetune_", title)
     checkpoints.save_weights(folder / "finetuned_encoder.safetensors", encoder, {})
     return {"finetune_accuracy": final, "finetune_per_class_accuracy": accuracies}
+
+
+STAGES: dict[str, pretraining.Stage] = {"probe": probe, "embed": embed, "finetune": finetune}

@@ -44,7 +44,7 @@ class Config(
     """The defaults are those of the authors' demo for CIFAR-10, with the head of v2."""
 
     SCRIPT = "moco"
-    STAGES = ("pretrain", "probe", "embed", "finetune")
+    STAGES = ("pretrain", *evaluation.STAGES)
 
     projection: Literal["nonlinear", "linear"] = setting(
         "nonlinear", "model", "projection head, used in pretraining only; linear: that of v1"
@@ -326,12 +326,7 @@ def main(config: Config) -> dict[str, Any]:
         f"--bn-splits {config.bn_splits} does not divide among {processes * nodes} processes",
     )
     data = functions.load_dataset(config)
-    stages = {
-        "probe": evaluation.probe,
-        "embed": evaluation.embed,
-        "finetune": evaluation.finetune,
-    }
-    return pretraining.run_experiment(config, data, MoCo, pretrain, stages)
+    return pretraining.run_experiment(config, data, MoCo, pretrain, evaluation.STAGES)
 
 
 if __name__ == "__main__":

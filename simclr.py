@@ -34,7 +34,7 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
     """The defaults are a published recipe for CIFAR-10 on one GPU."""
 
     SCRIPT = "simclr"
-    STAGES = ("pretrain", "probe", "embed", "finetune")
+    STAGES = ("pretrain", *evaluation.STAGES)
 
     projection: Literal["nonlinear", "linear", "none"] = setting(
         "nonlinear", "model", "projection head, used in pretraining only"
@@ -240,12 +240,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.optimizer == "lars":
         runs.require_package("pytorch_optimizer", "pytorch-optimizer", "--optimizer lars")
     data = functions.load_dataset(config)
-    stages = {
-        "probe": evaluation.probe,
-        "embed": evaluation.embed,
-        "finetune": evaluation.finetune,
-    }
-    return pretraining.run_experiment(config, data, SimCLR, pretrain, stages)
+    return pretraining.run_experiment(config, data, SimCLR, pretrain, evaluation.STAGES)
 
 
 if __name__ == "__main__":
