@@ -14,7 +14,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,22 +74,23 @@ def load_images(
     Raises:
         UserError: unknown name, no network, a wrong MD5, or a folder that cannot be used.
     """
-    builtin = {"cifar10": _load_cifar10, "fashion-mnist": _load_fashion_mnist}
-    given = rules is not None and (rules.channels, rules.value_range) != (None, None)
-    require(
-        not given or name_or_path not in (*builtin, "digits"),
-        f"--channels and --value-range are for a folder of images, not for {name_or_path}",
-    )
+    rules = rules or decoding.PixelRules()
+    builtin: dict[str, Callable[[], datasets.ImageData]] = {
+        "cifar10": lambda: _load_cifar10(Path(data_dir), download_url),
+        "fashion-mnist": lambda: _load_fashion_mnist(Path(data_dir), download_url),
+        "digits": _load_digits,
+    }
     if name_or_path in builtin:
-        return builtin[name_or_path](Path(data_dir), download_url).with_statistics()
-    if name_or_path == "digits":
-        return _load_digits().with_statistics()
+        require(
+            rules.channels is None and rules.value_range is None,
+            f"--channels and --value-range are for a folder of images, not for {name_or_path}",
+        )
+        return builtin[name_or_path]().with_statistics()
     folder = os.path.expanduser(name_or_path)
-    known = "cifar10, fashion-mnist, digits, or an existing folder of images"
+    known = f"{', '.join(builtin)}, or an existing folder of images"
     # os.path's tests, unlike pathlib's, take any string
     require(os.path.exists(folder), f"unknown data set or missing folder {folder!r}; use {known}")
     require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
-    rules = rules or decoding.PixelRules()
     return folders.load_folder(Path(folder), Path(data_dir), image_size, rules).with_statistics()
 
 
