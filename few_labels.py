@@ -140,7 +140,6 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
         UserError: a folder that holds no finished run, or one that is given twice; fewer than two
             runs to put together.
     """
-    starts = {"nothing": Start("", ("new",)), "pixels": Start("pixels", ("pixels",))}
     read: dict[str, compare.Run] = {}
     for folder in folders:
         run = compare.read_run(Path(folder))[0]
@@ -151,15 +150,16 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
         # Runs that were evaluated in other ways are no others.
         known = {k: v for k, v in run.settings.items() if k not in pretraining.EVALUATION}
         read[name] = dataclasses.replace(run, name=name, settings=known)
-        starts[name] = Start("", ("features", "encoder"), folder=Path(folder))
     groups = compare.group([*read.values()])
     names = [f"{len(runs)} runs of {runs[0].script}" for runs in groups]
+    group_of: dict[str, str] = {}
     for members, name in zip(groups, names, strict=True):
         group = name if len(members) > 1 and names.count(name) == 1 else members[0].name
-        for run in members:
-            seconds = float(run.summary.get("pretrain_seconds", 0))
-            old = starts[run.name]
-            starts[run.name] = dataclasses.replace(old, group=group, seconds=seconds)
+        group_of |= dict.fromkeys((run.name for run in members), group)
+    starts = {"nothing": Start("", ("new",)), "pixels": Start("pixels", ("pixels",))}
+    for name, run in read.items():
+        seconds = float(run.summary.get("pretrain_seconds", 0))
+        starts[name] = Start(group_of[name], ("features", "encoder"), seconds, Path(run.folder))
     require(not together or len(read) > 1, "--together needs two runs or more")
     if together:
         seconds, what = sum(start.seconds for start in starts.values()), f"all {len(read)} runs"
