@@ -127,8 +127,7 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
         require(bool(record), "there is no config.json beside the encoder")
         rules = decoding.PixelRules.recorded_in(record)
         data = functions.load_images(record["dataset"], data_dir, record["image_size"], None, rules)
-        if record.get("evaluate_on") == "validation":
-            data = data.with_validation_split()
+        data = data.evaluated_on(record.get("evaluate_on"))
         same = record.get("data") in (None, data.fingerprint())
         require(same, f"{record['dataset']} holds other images now")
     except UserError as error:

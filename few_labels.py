@@ -184,10 +184,10 @@ def list_tasks(config: Config, starts: dict[str, Start], images: int) -> list[Ta
 
 
 def load_data(config: Config) -> datasets.ImageData:
-    """The data set, for choosing settings without its test images."""
+    """The data set with its test images, whatever `--evaluate-on` says."""
     data = functions.load_dataset(config)
     require(bool(data.classes), f"{data.name} has no labels")
-    return data.with_validation_split() if config.evaluate_on == "validation" else data
+    return data
 
 
 def prepare(
@@ -232,7 +232,7 @@ class Trainer:
     def __init__(self, config: Config, folder: Path):
         self.config, self.starts = config, read_starts(config.runs, config.together)
         self.fabric = devices.make_fabric(config.device, config.precision)
-        self.data = load_data(config).to(self.fabric.device)
+        self.data = load_data(config).evaluated_on(config.evaluate_on).to(self.fabric.device)
         self.folder = folder
         self.neighbourhood = functools.cache(graphs.read_neighbourhood)
 
@@ -392,9 +392,9 @@ def main(config: Config) -> dict[str, Any]:
     """
     starts = read_starts(config.runs, config.together)
     config = with_data_of_runs(config)
-    whole = load_data(dataclasses.replace(config, evaluate_on="test"))
+    whole = load_data(config)
     check_runs(config, starts, whole)
-    data = whole if config.evaluate_on == "test" else whole.with_validation_split()
+    data = whole.evaluated_on(config.evaluate_on)
     tasks = list_tasks(config, starts, len(data.train))
     require(bool(tasks), "there is nothing to train: these --methods need runs, or fewer --labels")
     with runs.open_run(config, whole.fingerprint(), FREE_ON_RESUME) as run:

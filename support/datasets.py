@@ -96,6 +96,10 @@ class ImageData:
         train, held_out = hold_out(self.train, 0.1)
         return dataclasses.replace(self, train=train, test=held_out).with_statistics()
 
+    def evaluated_on(self, part: str | None) -> ImageData:
+        """What `--evaluate-on` chooses: the same data, for `validation` `with_validation_split`."""
+        return self.with_validation_split() if part == "validation" else self
+
     def to(self, device: Any) -> ImageData:
         """The same data on another device."""
         test = None if self.test is None else self.test.to(device)

@@ -524,8 +524,7 @@ def run_experiment(
     config, line = with_warm_restart(config)
     if line and main_process:
         print(line)
-    if config.evaluate_on == "validation":
-        data = data.with_validation_split()
+    data = data.evaluated_on(config.evaluate_on)
     check_fit(config, data, processes * nodes)
     fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
     with contextlib.ExitStack() as stack:
