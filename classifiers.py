@@ -316,9 +316,8 @@ METHODS = {
         "#332288",
         ("features",),
         spread_labels,
-        False,
-        True,
-        "with pixels",
+        exact=True,
+        graph="with pixels",
     ),
     "finetune": Method("fine-tuned", "#EE7733", ("encoder",), finetune, slow=True),
     "fixmatch-finetune": Method(

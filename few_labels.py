@@ -259,8 +259,19 @@ class Trainer:
         if config.transductive:
             everything = torch.cat([images.images, test.images])
             images = dataclasses.replace(images, images=everything, paths=None)
-        parts = (images, test, chosen, data.train.labels[chosen], len(data.classes))
-        given = classifiers.Given(*parts, encoder, features, near, seed, config, fabric)
+        given = classifiers.Given(
+            images=images,
+            test=test,
+            chosen=chosen,
+            labels=data.train.labels[chosen],
+            classes=len(data.classes),
+            encoder=encoder,
+            features=features,
+            near=near,
+            seed=seed,
+            config=config,
+            fabric=fabric,
+        )
         predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
         row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
         row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
