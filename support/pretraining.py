@@ -427,10 +427,10 @@ class Pretraining:
         self._saver.save(folder / "checkpoint.pt", *state)
         files.write_csv(folder / "metrics.csv", self.history)
         self.run.log(row, done)
-        if row["verdict"] not in {"good", *(before.get("verdict") for before in self.history[:-1])}:
-            self._bar.write(
-                f"warning in epoch {done}: {verdict.describe(row['verdict']).partition(': ')[2]}"
-            )
+        said = {"good", *(before.get("verdict") for before in self.history[:-1])}
+        if row["verdict"] not in said:
+            reason = verdict.describe(row["verdict"]).partition(": ")[2]
+            self._bar.write(f"warning in epoch {done}: {reason}")
         if done % max(1, config.epochs // 20) == 0:
             knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
             left = progress.format_seconds(seconds * self._epochs_after(epoch))
@@ -449,17 +449,13 @@ class Pretraining:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             columns["gradient_norm"] = torch.nn.utils.get_total_norm(gradients).item()
         columns |= verdict.measure(z, self.share.views, self._views)
+        parts = [layer.images for layer in layers if hasattr(layer, "images")]  # MoCo's layers'
         about = verdict.Circumstances(
             epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
             embeddings=len(z),
             size=z.shape[1],
-            normalised=min(
-                [
-                    len(self._z) // self.method.passes,
-                    *(m.images for m in layers if hasattr(m, "images")),
-                ]
-            ),
+            normalised=min([len(self._z) // self.method.passes, *parts]),
             knn_chance=verdict.luck(self.train.labels, len(self.monitor.queries)),
             constant=self._constant,
             frozen=any(not layer.training for layer in layers),
@@ -528,13 +524,14 @@ def run_experiment(
     check_fit(config, data, processes * nodes)
     fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
     with contextlib.ExitStack() as stack:
-        run = None
+        run: Any = None
         if main_process:
             unread = frozenset(k for k, stage in READ_BY.items() if stage not in config.stage_names)
             opened = runs.open_run(config, data.fingerprint(), EVALUATION, unread)
             run = stack.enter_context(opened)
         fabric.launch()
-        run = runs.Run(Path(fabric.broadcast(str(run and run.folder))), *([run.log] if run else []))
+        folder = fabric.broadcast(str(run.folder) if run else "")
+        run = run or runs.Run(Path(folder))  # the others log nothing
         devices.seed_everything(config.seed)
         model: Any = make_model(config, *data.train.images.shape[1:3])
         begun = config.resume is not None and (run.folder / "checkpoint.pt").exists()
