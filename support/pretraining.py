@@ -546,16 +546,7 @@ def run_experiment(
                 from timm.layers import convert_sync_batchnorm as convert
             model = convert(model)
         if main_process:
-            print(data)
-            if config.evaluate_on == "validation":
-                print("what are called test images are held-out training images")
-            several = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
-            print(
-                f"{type(model).__name__} with {config.encoder}, "
-                f"{encoders.count_parameters(model) / 1e6:.1f} M parameters, on "
-                f"{several}{devices.hardware(config.device)} "
-                f"({devices.pick_precision(config.device, config.precision)})"
-            )
+            print_setup(config, data, model, fabric.world_size)
         data = data.to(fabric.device)
         if "pretrain" in config.stage_names:
             with checkpoints.advice_on_divergence():
@@ -603,13 +594,12 @@ def run_experiment(
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
         if data.classes:
-            folder = shlex.quote(str(run.folder))
-            methods = "--methods mean,linear,spreading"  # those that take seconds
-            held_out = (
-                "" if config.evaluate_on == "test" else f" --evaluate-on {config.evaluate_on}"
-            )
+            words = ["few_labels.py", str(run.folder)]
+            words += ["--methods", "mean,linear,spreading"]  # those that take seconds
+            if config.evaluate_on == "validation":
+                words += ["--evaluate-on", "validation"]
             print("What it buys when few images have labels:")
-            print(f"  python few_labels.py {folder} {methods}{held_out}")
+            print("  python", shlex.join(words))
     return summary
 
 
@@ -662,6 +652,22 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
     require(
         "embed" not in config.stage_names or mapped >= 5,
         f"a map takes at least 5 images, not {mapped}: leave embed out of --stages",
+    )
+
+
+def print_setup(
+    config: PretrainingConfig, data: datasets.ImageData, model: nn.Module, processes: int
+) -> None:
+    """Print what is trained, on what, and where."""
+    print(data)
+    if config.evaluate_on == "validation":
+        print("what are called test images are held-out training images")
+    several = f"{processes} x " if processes > 1 else ""
+    print(
+        f"{type(model).__name__} with {config.encoder}, "
+        f"{encoders.count_parameters(model) / 1e6:.1f} M parameters, on "
+        f"{several}{devices.hardware(config.device)} "
+        f"({devices.pick_precision(config.device, config.precision)})"
     )
 
 
