@@ -125,6 +125,8 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
     record = encoder.record
     try:
         require(bool(record), "there is no config.json beside the encoder")
+        named = record.keys() >= {"dataset", "image_size"}  # other programs have that file, too
+        require(named, "the config.json beside the encoder names no data set")
         rules = decoding.PixelRules.recorded_in(record)
         data = functions.load_images(record["dataset"], data_dir, record["image_size"], None, rules)
         data = data.evaluated_on(record.get("evaluate_on"))

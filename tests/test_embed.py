@@ -501,6 +501,15 @@ def test_training_images_that_are_gone_are_left_out(trained, tmp_path, capsys, r
     assert {row["where"] for row in found.neighbours} == {"folder"}
 
 
+def test_a_config_json_of_another_program_is_no_record(trained, tmp_path, capsys):
+    run = copy_without(trained, tmp_path / "run")
+    files.write_json(run / "config.json", {"architectures": ["ResNet"]})
+    found = start(run, trained.images, tmp_path / "out")
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if "are left out" in s]
+    assert "names no data set" in line
+    assert {row["where"] for row in found.neighbours} == {"folder"}
+
+
 def test_neighbours_are_looked_for_where_the_run_was_trained(trained, digits, tmp_path):
     rest = digits.with_validation_split()
     record = {"evaluate_on": "validation", "data": rest.fingerprint()}
