@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,23 @@ def _npy_hint(folder: Path, rules: decoding.PixelRules) -> str:
 ValueRange = tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """The files of a folder to decode, and how.
+
+    `training` of them, the first, decide on a range that the `rules` leave open. What cannot be
+    read is passed over; with `strict` all of it is an error, with `stop` the first at once.
+    """
+
+    paths: list[Path]
+    folder: Path
+    size: int
+    rules: decoding.PixelRules
+    training: int
+    strict: bool = False
+    stop: bool = False
+
+
 def decode_folder(
     paths: list[Path],
     folder: Path,
@@ -187,9 +205,8 @@ def decode_folder(
     Raises:
         UserError: one of them cannot be read.
     """
-    images, _, value_range = _decode_cached(
-        paths, folder, data_dir, size, rules, training or len(paths), strict=True
-    )
+    job = _Job(paths, folder, size, rules, training or len(paths), strict=True)
+    images, _, value_range = _decode_cached(job, data_dir)
     return images, value_range
 
 
@@ -211,45 +228,32 @@ def decode_readable(
     Raises:
         UserError: with `stop`, at the first that cannot be read.
     """
-    return _decode_cached(paths, folder, data_dir, size, rules, len(paths), False, stop)
+    return _decode_cached(_Job(paths, folder, size, rules, len(paths), stop=stop), data_dir)
 
 
-def _decode_cached(
-    paths: list[Path],
-    folder: Path,
-    data_dir: Path,
-    size: int,
-    rules: decoding.PixelRules,
-    training: int,
-    strict: bool,
-    stop: bool = False,
-) -> tuple[Tensor, dict[int, str], ValueRange]:
+def _decode_cached(job: _Job, data_dir: Path) -> tuple[Tensor, dict[int, str], ValueRange]:
+    paths, folder, size, rules = job.paths, job.folder, job.size, job.rules
     lines = []
     for path in paths:
         try:
             lines.append(f"{path.relative_to(folder)}\0{_file_state(path)}")
         except OSError as error:
-            if strict:
+            if job.strict:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             lines.append(f"{path.relative_to(folder)}")
     listing = "\n".join(lines)
     version = f"{CACHE_VERSION} {size} {rules}\n{listing}".encode(errors="surrogateescape")
     origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     kind = f"{size}-{zlib.crc32(repr(rules).encode()):08x}"  # others have caches of their own
-    stem = f"{'' if strict else 'readable-'}{folder.resolve().name}-{origin}-{kind}-"
+    stem = f"{'' if job.strict else 'readable-'}{folder.resolve().name}-{origin}-{kind}-"
     cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
     shape = (len(paths), rules.channels or 3, size, size)
-
-    def decode(
-        array: np.ndarray, rows: Sequence[int], rules: decoding.PixelRules
-    ) -> tuple[dict[int, str], ValueRange]:
-        return _decode_into(array, rows, paths, folder, size, rules, training, strict, stop)
 
     found = _open_cache(cache, shape)
     if found is not None:
         images, rows, value_range = found
         known = dataclasses.replace(rules, value_range=value_range or rules.value_range)
-        broken, newer = decode(images.numpy(), rows, known)
+        broken, newer = _decode_into(images.numpy(), rows, dataclasses.replace(job, rules=known))
         return images, broken, value_range or newer
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +266,7 @@ def _decode_cached(
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
                 with open(draft, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            broken, value_range = decode(drafted, range(len(paths)), rules)
+            broken, value_range = _decode_into(drafted, range(len(paths)), job)
             drafted.flush()
             record = {"crc32": zlib.crc32(drafted.data), "broken": list(broken)}
             record["value_range"] = value_range
@@ -272,7 +276,7 @@ def _decode_cached(
     except OSError as error:
         print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
         array = np.empty(shape, np.uint8)
-        broken, value_range = decode(array, range(len(paths)), rules)
+        broken, value_range = _decode_into(array, range(len(paths)), job)
         return torch.from_numpy(array), broken, value_range
     for old in cache.parent.glob(f"{glob.escape(stem)}*"):
         if old.suffix in (".npy", ".json") and old.stem != cache.stem:
@@ -312,15 +316,7 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int],
 
 
 def _decode_into(
-    array: np.ndarray,
-    rows: Sequence[int],
-    paths: list[Path],
-    folder: Path,
-    size: int,
-    rules: decoding.PixelRules,
-    training: int,
-    strict: bool,
-    stop: bool,
+    array: np.ndarray, rows: Sequence[int], job: _Job
 ) -> tuple[dict[int, str], ValueRange]:
     """Decode the paths at `rows` into these rows of `array`, in threads (Pillow releases the lock).
 
@@ -328,17 +324,20 @@ def _decode_into(
     at, with a range for all of them.
 
     Returns:
-        The rows that cannot be read, and why; with `strict` they are a UserError, with `stop` the
-        first of them is one at once. And the range, if there are such images.
+        The rows that cannot be read, and why; and the range, if there are such images.
+
+    Raises:
+        UserError: with `strict` or `stop`, one cannot be read.
     """
     from tqdm import tqdm
 
+    paths, folder, size, rules = job.paths, job.folder, job.size, job.rules
     failed: dict[int, str] = {}
     extremes: dict[int, tuple[float, float]] = {}  # of the images whose range is open
 
     def decode(part: Sequence[int], rules: decoding.PixelRules) -> int:
         for row in part:
-            if stop and failed:
+            if job.stop and failed:
                 break
             try:
                 _file_state(paths[row])  # opening a pipe would wait for its other end
@@ -361,11 +360,11 @@ def _decode_into(
         ):
             for count in pool.map(decode, parts, [rules] * len(parts)):
                 bar.update(count)
-                if failed and stop:
+                if failed and job.stop:
                     pool.shutdown(cancel_futures=True)
                     row = min(failed)
                     raise UserError(f"{paths[row]} cannot be read: {failed[row]}")
-        if failed and strict:
+        if failed and job.strict:
             row = min(failed)
             for other in sorted(failed)[:20] if len(failed) > 1 else ():
                 print(f"cannot be read: {paths[other]}: {failed[other]}")
@@ -376,7 +375,7 @@ def _decode_into(
 
     decode_all(rows, rules)
     if extremes and rules.value_range is None:
-        known = [extremes[row] for row in extremes if row < training] or list(extremes.values())
+        known = [extremes[row] for row in extremes if row < job.training] or list(extremes.values())
         lows, highs = zip(*known, strict=True)
         chosen = decoding.choose_value_range(min(lows), max(highs))
         rules = dataclasses.replace(rules, value_range=chosen)
