@@ -107,17 +107,15 @@ def nearest_mean(given: Given) -> Tensor:
 
 def logistic_regression(given: Given) -> Tensor:
     """A linear layer with an L2 penalty, to convergence."""
-    known = given.features["known"]
-    test, penalty = given.features["test"], given.config.penalty
-    return functions.logistic_regression(known, given.labels, test, penalty)
+    known, test = given.features["known"], given.features["test"]
+    return functions.logistic_regression(known, given.labels, test, given.config.penalty)
 
 
 def train_mlp(given: Given) -> Tensor:
     """One hidden layer of 512 units with BatchNorm."""
-    width = given.features["known"].shape[1]
-    hidden = (nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU())
-    classifier = nn.Sequential(*hidden, nn.Linear(512, given.classes))
     known = given.features["known"]
+    hidden = (nn.Linear(known.shape[1], 512), nn.BatchNorm1d(512), nn.ReLU())
+    classifier = nn.Sequential(*hidden, nn.Linear(512, given.classes))
     train(given, classifier, known, lambda batch, generator: batch)
     with functions.evaluating(classifier):
         return classifier(given.features["test"]).argmax(1)
@@ -185,8 +183,9 @@ def train(
     """AdamW, cosine, batches of 256, for `--steps` steps rounded up to whole epochs."""
     optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=decay, fused=True)
     epochs = math.ceil(given.config.steps / (len(inputs) // min(256, len(inputs))))
-    parts = (inputs, given.labels, prepare, epochs, given.seed, given.fabric)
-    for _ in supervised.train_classifier(classifier, optimizer, *parts):
+    for _ in supervised.train_classifier(
+        classifier, optimizer, inputs, given.labels, prepare, epochs, given.seed, given.fabric
+    ):
         pass
 
 

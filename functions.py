@@ -579,15 +579,11 @@ def plot_loss_and_accuracy(
         {k: v * 100 if k.endswith("accuracy") else v for k, v in row.items()} for row in history
     ]
     with figures.new_figure(path, title) as figure:
-        for axes, key, label in zip(
-            figures.add_panels(figure, 2),
-            ("loss", "accuracy"),
-            ("loss", "accuracy (%)"),
-            strict=True,
-        ):
+        units = {"loss": "loss", "accuracy": "accuracy (%)"}
+        for axes, (key, unit) in zip(figures.add_panels(figure, 2), units.items(), strict=True):
             figures.draw_line(axes, percent, f"train_{key}", "train", figures.TRAIN_COLOR)
             figures.draw_line(axes, percent, f"{other}_{key}", other, figures.TEST_COLOR)
-            figures.label_axes(axes, "epoch", label)
+            figures.label_axes(axes, "epoch", unit)
         figures.add_legend(figure)
 
 

@@ -33,20 +33,18 @@ def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any)
     It is trained on at most 5,000 training images, each in all four rotations, and tested on the
     others (Reed et al. 2021, section 3.1). Chance is 0.25.
     """
-    parts: list[Tensor] = []
-    for split in (
-        data.train.select(functions.fixed_permutation(len(data.train))[:5000]),
-        data.test,
-    ):
-        turned = [
-            dataclasses.replace(split, images=split.images.rot90(turns, (2, 3)))
-            for turns in range(4)
-        ]
-        features = [functions.extract_features(encoder, each, fabric) for each in turned]
-        parts.append(torch.cat(features))  # (4N, D)
-        parts.append(torch.arange(4).repeat_interleave(len(split)).to(features[0].device))
-    train, labels, held_out, held_out_labels = parts
-    return functions.linear_probe(train, labels, held_out, held_out_labels, epochs=20).accuracy
+
+    def turned(split: datasets.Split) -> tuple[Tensor, Tensor]:
+        """Features `(4N, D)` of the images in all rotations, and by how many quarters `(4N,)`."""
+        features = []
+        for quarters in range(4):
+            rotated = dataclasses.replace(split, images=split.images.rot90(quarters, (2, 3)))
+            features.append(functions.extract_features(encoder, rotated, fabric))
+        labels = torch.arange(4).repeat_interleave(len(split)).to(features[0].device)
+        return torch.cat(features), labels
+
+    train = data.train.select(functions.fixed_permutation(len(data.train))[:5000])
+    return functions.linear_probe(*turned(train), *turned(data.test), epochs=20).accuracy
 
 
 def lidar(encoder: nn.Module, train: datasets.Split, fabric: Any, copies: int = 10) -> float:
