@@ -148,7 +148,7 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
     trials = [
         trial for trial in search.trials() if trial.state.name != "FAIL" or sweep.is_finished(trial)
     ]
-    known = [parameters_of(trial) for trial in trials]
+    known = [sweep.parameters_of(trial) for trial in trials]
 
     def missing(parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
         wanted = {**parameters, **changes}
@@ -161,24 +161,19 @@ def plan_trial(config: Config, search: sweep.Sweep) -> dict[str, Any]:
         for seed in config.seeds
         if (wanted := missing(setting, epochs=config.rungs[-1], seed=seed))
     ]
-    begun = sum(trial.state.name == "RUNNING" or sweep.is_finished(trial) for trial in trials)
+    begun = sum(map(sweep.has_begun, trials))
     if confirmation and (config.trials - begun <= len(confirmation) or search.time_spent() > 0.5):
         return confirmation[0]
     for rung, longer in reversed(list(zip(config.rungs, config.rungs[1:], strict=False))):
         ranked = on_rung(trials, rung, config.seed)
         done = sum(
-            parameters_of(trial).get("epochs") == rung and sweep.is_finished(trial)
+            sweep.parameters_of(trial).get("epochs") == rung and sweep.is_finished(trial)
             for trial in trials
         )
         for trial in ranked[: done // KEPT]:
             if wanted := missing(trial.params, epochs=longer):
                 return wanted
     return {"epochs": config.rungs[0], "seed": config.seed}
-
-
-def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """The parameters that a trial has, or must have when it begins."""
-    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def on_rung(trials: Trials, epochs: int, seed: int) -> Trials:
@@ -201,7 +196,7 @@ def best_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
     same = {"epochs": config.rungs[0], "seed": config.seed}
     # What was stopped or killed fails, too, and is run again.
     ended = [t for t in trials if t.state.name == "FAIL" and sweep.is_finished(t)]
-    failed = [{**parameters_of(t), **same} for t in ended]
+    failed = [{**sweep.parameters_of(t), **same} for t in ended]
     found: list[dict[str, Any]] = []
     for rung in reversed(config.rungs):
         for trial in on_rung(trials, rung, config.seed):

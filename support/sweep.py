@@ -111,6 +111,16 @@ def is_finished(trial: optuna.trial.FrozenTrial) -> bool:
     return "reason" in trial.user_attrs if failed else trial.state.is_finished()
 
 
+def has_begun(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial runs or counts already."""
+    return trial.state.name == "RUNNING" or is_finished(trial)
+
+
+def parameters_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """The parameters that a trial has, or must have when it asks for them."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
 # the study
 
 
@@ -167,9 +177,9 @@ class Sweep:
         retried = {trial.user_attrs.get("retry_of") for trial in self.trials()}
         for trial in self.trials("FAIL"):
             # A retry that was killed may not have asked for all of its parameters.
-            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if params and not is_finished(trial) and trial.number not in retried:
-                self.study.enqueue_trial(params, {"retry_of": trial.number})
+            parameters = parameters_of(trial)
+            if parameters and not is_finished(trial) and trial.number not in retried:
+                self.study.enqueue_trial(parameters, {"retry_of": trial.number})
 
     def begin_trial(self) -> optuna.Trial | None:
         """Begin a trial; None when those that have finished or run are enough, or time is over."""
@@ -181,11 +191,12 @@ class Sweep:
             optuna.storages.fail_stale_trials(self.study)
             self.requeue_lost_trials()
             # One look at all: a trial may end between two, and would be counted by neither.
-            begun = [t for t in self.trials() if t.state.name == "RUNNING" or is_finished(t)]
-            if len(begun) >= self.config.trials:
+            if sum(map(has_begun, self.trials())) >= self.config.trials:
                 return None
-            if not self.trials("WAITING") and ((fixed := self.plan(self)) or self.shared):
-                self.study.enqueue_trial(fixed)
+            if not self.trials("WAITING"):
+                fixed = self.plan(self)
+                if fixed or self.shared:
+                    self.study.enqueue_trial(fixed)
             if self.shared:
                 # A trial has a sign of life before it runs: a machine that died between the two
                 # would be waited for for ever.
