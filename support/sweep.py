@@ -134,7 +134,7 @@ class Sweep:
         self.shared = config.storage is not None
         self.running: dict[int, optuna.Trial] = {}  # The keys are the database's.
         self.killed_in_a_row = 0
-        self.began, self.end = time.time(), time.time() + 60 * (config.timeout or math.inf)
+        self.began = time.time()
         if not self.shared:
             # The run folder is locked: what seems to run was left behind by a process that is dead.
             self.end_running_trials()
@@ -162,7 +162,7 @@ class Sweep:
 
     def is_over(self) -> bool:
         """Whether enough trials have finished, or the time is over."""
-        return time.time() > self.end or self.count_finished() >= self.config.trials
+        return self.time_spent() > 1 or self.count_finished() >= self.config.trials
 
     def end_running_trials(self) -> None:
         """End the trials that run here, to be run again; in a file of our own these are all."""
@@ -185,7 +185,7 @@ class Sweep:
         """Begin a trial; None when those that have finished or run are enough, or time is over."""
         import optuna
 
-        if time.time() > self.end:
+        if self.time_spent() > 1:
             return None
         with _alone(self.storage) if self.shared else contextlib.nullcontext():
             optuna.storages.fail_stale_trials(self.study)
