@@ -12,7 +12,6 @@ stopped sweep goes on with the trials that are left.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     import optuna
     from pytorch_lightning import Callback, LightningModule, Trainer
 
+# What is searched, as `sweep.draw` takes it.
 SPACE: dict[str, Any] = {
     "hidden_size": [128, 256, 512],
     "num_layers": [1, 3, 5],
@@ -89,25 +89,18 @@ class Config(sweep.SweepConfig):
 
     @property
     def search_space(self) -> dict[str, Any]:
-        """The values of each setting that is searched; a pair is a range, on a log scale."""
+        """What `--space` searches."""
         return SPACE | WIDE if self.space == "wide" else SPACE
 
     def shared_with_rnn(self) -> dict[str, Any]:
         """The settings that a trial takes over: data, device, precision, seed and so on."""
-        names = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume"}
-        shared = {name: getattr(self, name) for name in names}
-        return shared | {"train_fraction": self.train_fraction, "augmentation": self.augmentation}
+        own = {"train_fraction": self.train_fraction, "augmentation": self.augmentation}
+        return self.shared_settings() | own
 
 
 def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
     """The `rnn.Config` of a trial: all parameters drawn from the search space."""
-    drawn: dict[str, Any] = {}
-    for name, choices in config.search_space.items():
-        if isinstance(choices, tuple):
-            drawn[name] = trial.suggest_float(name, *choices, log=True)
-        else:
-            drawn[name] = trial.suggest_categorical(name, choices)
-    decided = {**config.shared_with_rnn(), **drawn}
+    decided = config.shared_with_rnn() | sweep.draw(trial, config.search_space)
     return rnn.Config(**decided, cells=config.cell, epochs=config.max_epochs)
 
 
@@ -326,8 +319,7 @@ def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[st
         chosen = line.format(**trial.params)
         print(f"{rank:4} {trial.number:5} {trial.value:7.4f} {chosen}")
     print("Train the winner with:")
-    shared = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume", "name"}
-    same = rnn.Config(**{name: getattr(config, name) for name in shared})
+    same = rnn.Config(**config.shared_settings())
     print("  python rnn.py", shlex.join(settings.changed_words(same)), "\\")
     print("    --config", shlex.quote(str(folder / "best.json")))
     return best

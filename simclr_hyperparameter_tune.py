@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     Trials = Sequence[optuna.trial.FrozenTrial]
 
-# A pair is a range, on a log scale where it spans more than a factor of ten.
+# What is searched, as `sweep.draw` takes it.
 SPACE: dict[str, Any] = {
     "learning_rate": (0.02, 0.5),
     "temperature": (0.05, 1.0),
@@ -108,13 +108,7 @@ def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> simclr.Conf
 
     Epochs are counted for two views: of four views half as many are trained, in the same time.
     """
-    drawn: dict[str, Any] = {}
-    for name, choices in SPACE.items():
-        if isinstance(choices, tuple):
-            log = choices[0] > 0 and choices[1] / choices[0] > 10
-            drawn[name] = trial.suggest_float(name, *choices, log=log)
-        else:
-            drawn[name] = trial.suggest_categorical(name, choices)
+    drawn = sweep.draw(trial, SPACE)
     epochs = trial.suggest_categorical("epochs", config.rungs)
     seed = trial.suggest_categorical("seed", config.seeds)
     return trained_config(config, {**drawn, "epochs": epochs, "seed": seed})
@@ -122,11 +116,11 @@ def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> simclr.Conf
 
 def trained_config(config: Config, parameters: dict[str, Any]) -> simclr.Config:
     """What simclr.py is told for the parameters of a trial."""
-    names = {field.name for field in dataclasses.fields(settings.RunConfig)} - {"resume", "name"}
-    names |= {"encoder", "stem", "width", "view_size"}
+    model = {name: getattr(config, name) for name in ("encoder", "stem", "width", "view_size")}
     strength = parameters["jitter"]
     return simclr.Config(
-        **{name: getattr(config, name) for name in names}
+        **config.shared_settings()
+        | model
         | parameters
         | {
             "jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),

@@ -8,6 +8,7 @@ worker that is killed loses nothing but the trial that it ran.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -20,7 +21,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +74,30 @@ class SweepConfig(settings.RunConfig):
                 url.get_backend_name() != "sqlite" or not in_memory,
                 f"--storage {self.storage} ends with the process: name a file, sqlite:///FILE",
             )
+
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings that every script has, as a trial takes them over: data, device and so on.
+
+        Where the sweep itself lies is not among them.
+        """
+        names = {field.name for field in dataclasses.fields(settings.RunConfig)}
+        return {name: getattr(self, name) for name in names - {"name", "resume"}}
+
+
+def draw(trial: optuna.trial.BaseTrial, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the sampler draw a trial's parameters from a space, by name.
+
+    A list holds choices; a pair is a range, on a log scale where it spans more than a factor of
+    ten.
+    """
+    drawn: dict[str, Any] = {}
+    for name, choices in space.items():
+        if isinstance(choices, tuple):
+            low, high = choices
+            drawn[name] = trial.suggest_float(name, low, high, log=low > 0 and high / low > 10)
+        else:
+            drawn[name] = trial.suggest_categorical(name, choices)
+    return drawn
 
 
 @dataclass(frozen=True)
