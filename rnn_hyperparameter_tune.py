@@ -30,7 +30,6 @@ from support import (
     errors,
     files,
     progress,
-    report,
     runs,
     settings,
     sweep,
@@ -259,26 +258,20 @@ def main(config: Config) -> dict[str, Any]:
     """
     runs.require_package("optuna", "optuna", "a sweep")
     data, _ = load_splits(config)  # A mistake shows before there is a run folder.
-    fingerprint = data.fingerprint()
     names = ("cell", "image_size", "max_epochs", "train_fraction", "augmentation", "seed")
-    about = {name: getattr(config, name) for name in names}
-    about |= {"data": fingerprint, "space": config.search_space}
-    free = sweep.FREE_ON_RESUME | {"pruner"}
-    with runs.open_run(config, fingerprint, free) as run:
-        best = sweep.run_study(
-            config,
-            run.folder,
-            about,
-            functools.partial(Objective, config),
-            functools.partial(write_results, config=config, run=run),
-            pruner=make_pruner(config),
-        )
-        report.write_report(run.folder, Config)
-        runs.print_folder(run.folder)
-    return best
+    about = {name: getattr(config, name) for name in names} | {"space": config.search_space}
+    return sweep.run_sweep(
+        config,
+        data.fingerprint(),
+        about,
+        functools.partial(Objective, config),
+        functools.partial(write_results, config=config),
+        free=frozenset({"pruner"}),
+        pruner=make_pruner(config),
+    )
 
 
-def write_results(study: optuna.Study, config: Config, run: runs.Run) -> dict[str, Any]:
+def write_results(study: optuna.Study, run: runs.Run, config: Config) -> dict[str, Any]:
     """Write `trials.csv`, `best.json` and the plots; print the top five and how to train the best.
 
     Raises:

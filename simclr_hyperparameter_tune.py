@@ -39,7 +39,6 @@ from support import (
     devices,
     figures,
     files,
-    report,
     runs,
     settings,
     sweep,
@@ -272,25 +271,20 @@ def main(config: Config) -> dict[str, Any]:
         )
         print("pictures have none: search them with another --objective")
     names = ("objective", "image_size", "max_epochs", "seed", "encoder", "stem", "width")
-    about = {name: getattr(config, name) for name in (*names, "view_size")}
-    about |= {"data": data.fingerprint(), "space": SPACE}
-    with runs.open_run(config, data.fingerprint(), sweep.FREE_ON_RESUME) as run:
-        best = sweep.run_study(
-            config,
-            run.folder,
-            about,
-            functools.partial(Objective, config),
-            functools.partial(write_results, config=config, run=run, data=data),
-            direction="maximize",
-            plan=functools.partial(plan_trial, config),
-        )
-        report.write_report(run.folder, Config)
-        runs.print_folder(run.folder)
-    return best
+    about = {name: getattr(config, name) for name in (*names, "view_size")} | {"space": SPACE}
+    return sweep.run_sweep(
+        config,
+        data.fingerprint(),
+        about,
+        functools.partial(Objective, config),
+        functools.partial(write_results, config=config, data=data),
+        direction="maximize",
+        plan=functools.partial(plan_trial, config),
+    )
 
 
 def write_results(
-    study: optuna.Study, config: Config, run: runs.Run, data: datasets.ImageData
+    study: optuna.Study, run: runs.Run, config: Config, data: datasets.ImageData
 ) -> dict[str, Any]:
     """Write the tables and pictures; print the best settings and how to train with them.
 

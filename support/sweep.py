@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from support import pool, progress, runs, settings
+from support import pool, progress, report, runs, settings
 from support.errors import Diverged, UserError, require
 from support.settings import setting
 
@@ -414,26 +414,43 @@ def open_sweep(
         raise _in_one_line(place, error) from error
 
 
-def run_study(
+def run_sweep(
     config: SweepConfig,
-    folder: Path,
+    fingerprint: str,
     about: dict[str, Any],
     make_objective: Callable[[], Objective],
-    write_results: Callable[[optuna.Study], dict[str, Any]],
+    write_results: Callable[[optuna.Study, runs.Run], dict[str, Any]],
+    free: frozenset[str] = frozenset(),
     **options: Any,
 ) -> dict[str, Any]:
-    """Open (or continue) a sweep, run it to its end, and return what `write_results` does.
+    """Run a sweep in its run folder (or continue it there); return what `write_results` does.
 
-    After Ctrl-C the results so far are written, too. `options` are those of `open_sweep`.
+    After Ctrl-C the results so far are written, too.
+
+    Args:
+        config: the sweep's settings.
+        fingerprint: of the data; like `about` it must be the same on resume.
+        about: as in `open_sweep`.
+        make_objective: as in `Sweep.run`.
+        write_results: writes and prints what the trials have found.
+        free: the script's own settings that may change on resume.
+        options: the others of `open_sweep`.
+
+    Raises:
+        UserError: as `open_run`, `open_sweep` and `Sweep.run` do.
     """
-    with open_sweep(config, folder, about, **options) as search:
-        try:
-            search.run(make_objective)
-        except KeyboardInterrupt:
-            with contextlib.suppress(UserError):  # All trials may have failed so far.
-                write_results(search.study)
-            raise
-        return write_results(search.study)
+    with runs.open_run(config, fingerprint, FREE_ON_RESUME | free) as run:
+        with open_sweep(config, run.folder, about | {"data": fingerprint}, **options) as search:
+            try:
+                search.run(make_objective)
+            except KeyboardInterrupt:
+                with contextlib.suppress(UserError):  # All trials may have failed so far.
+                    write_results(search.study, run)
+                raise
+            best = write_results(search.study, run)
+        report.write_report(run.folder, type(config))
+        runs.print_folder(run.folder)
+    return best
 
 
 def _open_study(

@@ -242,7 +242,7 @@ def test_names_with_dollars_are_no_formulas(finished, tmp_path):
     folder = folder_of(config)
     with sweep.open_sweep(config, folder, {}) as search:
         named = dataclasses.replace(config, dataset="images/price_$5_$10")
-        assert tune.write_results(search.study, named, runs.Run(tmp_path)) == best
+        assert tune.write_results(search.study, runs.Run(tmp_path), named) == best
     assert (tmp_path / "timeline.png").exists()
 
 
