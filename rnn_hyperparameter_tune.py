@@ -278,16 +278,13 @@ def write_results(study: optuna.Study, run: runs.Run, config: Config) -> dict[st
         UserError: there are finished trials, and every one failed.
     """
     trials = study.get_trials()
-    rows = sweep.trial_rows(trials, "validation_loss", list(config.search_space))
-    folder = run.folder
-    files.write_csv(folder / "trials.csv", rows)
-    for row in rows:
-        run.log(row, row["trial"])
+    folder, names = run.folder, list(config.search_space)
+    sweep.write_trials(run, trials, "validation_loss", names)
+    finished = sum(map(sweep.is_finished, trials))
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     complete.sort(key=lambda trial: trial.value)
     if not complete:
-        failed = [trial for trial in trials if sweep.is_finished(trial)]
-        require(not failed, f"all {len(failed)} trials failed or were pruned: see trials.csv")
+        require(not finished, f"all {finished} trials failed or were pruned: see trials.csv")
         return {}
     best = {
         "cell": config.cell,
@@ -295,22 +292,21 @@ def write_results(study: optuna.Study, run: runs.Run, config: Config) -> dict[st
         **complete[0].params,
         "validation_loss": complete[0].value,
         "trial": complete[0].number,
-        "trials": sum(map(sweep.is_finished, trials)),
+        "trials": finished,
         "epochs": config.max_epochs,
         "train_fraction": config.train_fraction,
     }
     files.write_json(folder / "best.json", best)
     title = f"{config.cell.upper()} sweep on {Path(config.dataset).name}"
-    names = list(config.search_space)
     sweep_figures.plot_sweep(study, folder, title, "validation loss", names, complete[0].number)
     print("rank trial    loss  hidden layers  l2  l3      rate     decay batch")
+    chosen = (
+        "{hidden_size:7} {num_layers:6} {l2:3} {l3:3} {learning_rate:9.2e} {weight_decay:9.2e} "
+        "{batch_size:5}"
+    )
     for rank, trial in enumerate(complete[:5], 1):
-        line = (
-            "{hidden_size:7} {num_layers:6} {l2:3} {l3:3} {learning_rate:9.2e} {weight_decay:9.2e} "
-            "{batch_size:5}"
-        )
-        chosen = line.format(**trial.params)
-        print(f"{rank:4} {trial.number:5} {trial.value:7.4f} {chosen}")
+        values = chosen.format(**trial.params)
+        print(f"{rank:4} {trial.number:5} {trial.value:7.4f} {values}")
     print("Train the winner with:")
     same = rnn.Config(**config.shared_settings())
     print("  python rnn.py", shlex.join(settings.changed_words(same)), "\\")

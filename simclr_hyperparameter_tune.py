@@ -292,16 +292,13 @@ def write_results(
         UserError: there are finished trials, and every one failed.
     """
     trials = study.get_trials()
-    folder, columns = run.folder, [*SPACE, "seed"]
+    folder, parameters = run.folder, ["epochs", *SPACE, "seed"]
     attributes = [n for n in (*label_free.SCORES, *label_free.AUDIT) if n != config.objective]
-    rows = sweep.trial_rows(trials, config.objective, ["epochs", *columns], attributes)
-    files.write_csv(folder / "trials.csv", rows)
-    for row in rows:
-        run.log(row, row["trial"])
+    sweep.write_trials(run, trials, config.objective, parameters, attributes)
+    finished = sum(map(sweep.is_finished, trials))
     ranked = ranked_settings(trials, config)
     if not ranked:
-        failed = [trial for trial in trials if sweep.is_finished(trial)]
-        require(not failed, f"all {len(failed)} trials failed: see trials.csv")
+        require(not finished, f"all {finished} trials failed: see trials.csv")
         return {}
     title = f"SimCLR sweep on {Path(config.dataset).name}"
     # Longer trainings and other seeds of some settings would be compared with what they are not.
@@ -315,11 +312,7 @@ def write_results(
         files.write_csv(folder / "audit.csv", audit)
         print_audit(audit)
         plot_audit(folder / "audit.png", trials, config, title)
-    best = {
-        **ranked[0],
-        "objective": config.objective,
-        "trials": sum(map(sweep.is_finished, trials)),
-    }
+    best = {**ranked[0], "objective": config.objective, "trials": finished}
     files.write_json(folder / "best.json", best)
     print(f"rank trial  epochs  seeds  {config.objective}")
     for rank, row in enumerate(ranked[:5], 1):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from support import pool, progress, report, runs, settings
+from support import files, pool, progress, report, runs, settings
 from support.errors import Diverged, UserError, require
 from support.settings import setting
 
@@ -619,18 +619,19 @@ def _serve(connection: Any, make_objective: Callable[[], Objective], workers: in
 # the results
 
 
-def trial_rows(
+def write_trials(
+    run: runs.Run,
     trials: Sequence[optuna.trial.FrozenTrial],
     value: str,
     parameters: Sequence[str],
     attributes: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """The rows of `trials.csv`: each trial with its value (in the column so named) and parameters.
+) -> None:
+    """Write `trials.csv` and log its rows: each trial with its `value`, in the column so named.
 
     `attributes` are those that the objective has set on the trial, each a column as well.
     `retry_of` is the trial that was stopped or killed and is run again in this one.
     """
-    return [
+    rows = [
         {
             "trial": trial.number,
             "state": trial.state.name.lower(),
@@ -645,3 +646,6 @@ def trial_rows(
         for trial in trials
         if trial.state.name != "WAITING"
     ]
+    files.write_csv(run.folder / "trials.csv", rows)
+    for row in rows:
+        run.log(row, row["trial"])

@@ -15,7 +15,7 @@ import optuna
 import pytest
 import torch
 
-from support import sweep
+from support import runs, sweep
 from support.errors import Diverged, UserError
 
 ABOUT = {"space": {"x": [0, 1]}}
@@ -144,10 +144,14 @@ def test_a_stopped_trial_is_run_again_with_its_parameters(tmp_path, kind):
     assert [t.user_attrs.get("retry_of") for t in trials] == [None, None, 1, None, None]
     assert trials[2].params == trials[1].params
     assert len({trial.params["x"] for trial in trials}) == 4
-    rows = sweep.trial_rows(trials, "loss", ["x"])
+    logged = []
+    sweep.write_trials(runs.Run(tmp_path, lambda *row: logged.append(row)), trials, "loss", ["x"])
+    rows, numbers = zip(*logged, strict=True)
+    assert numbers == (0, 1, 2, 3, 4)
     assert [row["retry_of"] for row in rows] == [None, None, 1, None, None]
     assert [row["reason"] for row in rows] == [None, "stopped", None, None, None]
     assert [row["loss"] for row in rows] == [t.value for t in trials]
+    assert len((tmp_path / "trials.csv").read_text().splitlines()) == 6
 
 
 def test_a_trial_of_a_killed_sweep_is_run_again(tmp_path):
