@@ -72,16 +72,21 @@ def plot_sweep(
         plot_importances(folder / "param_importances.png", shares, title)
 
 
+def scatter_by_state(axes: Any, dots: Sequence[tuple[Any, float, float]], **look: Any) -> None:
+    """Dots `(trial, x, y)`, a colour for each state of the trials."""
+    for state, color in STATE_COLORS.items():
+        points = [(x, y) for trial, x, y in dots if trial.state.name == state]
+        if points:
+            axes.scatter(*zip(*points, strict=True), facecolor=color, label=state.lower(), **look)
+
+
 def plot_history(
     path: Path, results: Results, minimized: bool, value_name: str, title: str
 ) -> None:
     """The value of each trial over their numbers, and the best so far of those complete."""
     with figures.new_figure(path, title) as figure:
         axes = figure.subplots()
-        for state, color in STATE_COLORS.items():
-            dots = [(trial.number, value) for trial, value in results if trial.state.name == state]
-            if dots:
-                axes.scatter(*zip(*dots, strict=True), facecolor=color, label=state.lower())
+        scatter_by_state(axes, [(trial, trial.number, value) for trial, value in results])
         done = [(trial.number, v) for trial, v in results if trial.state.name == "COMPLETE"]
         if done:
             numbers, best = map(np.array, zip(*sorted(done), strict=True))
@@ -141,39 +146,44 @@ def plot_settings(
     title: str,
 ) -> None:
     """A panel for each setting: its value in each trial against the result; a star is the best."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     with figures.new_figure(path, title) as figure:
         panels = figures.add_panels(figure, len(parameters), sharey=True)
         for name, axes in zip(parameters, panels, strict=True):
             chosen = [(trial, value) for trial, value in results if name in trial.params]
-            drawn = [trial.params[name] for trial, _ in chosen]
-            if all(isinstance(value, float) for value in drawn) and len(set(drawn)) > 2:
-                places = drawn
-                if min(drawn) > 0 and max(drawn) / min(drawn) > 10:
-                    axes.set_xscale("log")
-                    if max(drawn) / min(drawn) < 100:  # a power of ten or two say too little
-                        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-                        axes.xaxis.set_major_formatter("{x:g}")
-                        axes.xaxis.set_minor_formatter(NullFormatter())
-            else:  # a column for each choice, within which trials stand side by side
-                choices = sorted(set(drawn), key=lambda value: (str(type(value)), value))
-                places = [
-                    choices.index(value) + 0.5 * (trial.number * 0.618 % 1 - 0.5)
-                    for value, (trial, _) in zip(drawn, chosen, strict=True)
-                ]
-                axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
-                axes.set_xlim(-0.5, len(choices) - 0.5)
-            dots = [(x, y, trial) for x, (trial, y) in zip(places, chosen, strict=True)]
-            for state, color in STATE_COLORS.items():
-                points = [(x, y) for x, y, trial in dots if trial.state.name == state]
-                if points:
-                    look = {"facecolor": color, "alpha": 0.6, "label": state.lower()}
-                    axes.scatter(*zip(*points, strict=True), **look)
+            places = scale_axis(axes, {trial.number: trial.params[name] for trial, _ in chosen})
+            dots = [(trial, places[trial.number], value) for trial, value in chosen]
+            scatter_by_state(axes, dots, alpha=0.6)
             star = {"s": 130, "facecolor": figures.BEST_COLOR, "edgecolor": "white", "marker": "*"}
-            for x, y, trial in dots:
+            for trial, x, y in dots:
                 if trial.number == winner:
                     axes.scatter(x, y, label="best", zorder=3, **star)
             figures.label_axes(axes, name.replace("_", " "), "")
         figure.supylabel(value_name)
         figures.add_legend(figure)
+
+
+def scale_axis(axes: Any, drawn: Mapping[int, Any]) -> Mapping[int, float]:
+    """Give the x axis scale and ticks for what trials have drawn; return where each trial stands.
+
+    `drawn` and what is returned have the trials' numbers as keys.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = set(drawn.values())
+    if len(values) <= 2 or not all(isinstance(value, float) for value in values):
+        # A column for each choice, within which trials stand side by side.
+        choices = sorted(values, key=lambda value: (str(type(value)), value))
+        axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+        return {
+            number: choices.index(value) + 0.5 * (number * 0.618 % 1 - 0.5)
+            for number, value in drawn.items()
+        }
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 10:
+        axes.set_xscale("log")
+        if high / low < 100:  # a power of ten or two say too little
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    return drawn
