@@ -158,9 +158,10 @@ class RowRNN(nn.Module):
             outputs, _ = self.recurrent(rows)  # (B, H, hidden_size), or of two directions
         if self.pooling == "mean":
             return self.mlp(outputs.mean(1))
-        ends = outputs[:, -1], outputs[:, 0]
         hidden = self.recurrent.hidden_size
-        return self.mlp(torch.cat((ends[0][:, :hidden], ends[1][:, hidden:]), 1))
+        downwards = outputs[:, -1, :hidden]
+        upwards = outputs[:, 0, hidden:]  # empty when the rows are read in one direction
+        return self.mlp(torch.cat((downwards, upwards), 1))
 
 
 def make_model(config: Config, cell: str, data: datasets.ImageData) -> RowRNN:
