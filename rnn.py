@@ -314,6 +314,7 @@ def train(
     Raises:
         Diverged: the loss is not finite; the last checkpoint is kept.
     """
+    training, validation = splits
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
     checkpoint = run.folder / "checkpoint.pt"
@@ -326,9 +327,9 @@ def train(
                 step_scheduler(scheduler, row["validation_loss"])
         # The replay sets a learning rate, so what the checkpoint says of it must come afterwards.
         checkpoints.restore(checkpoint, model, optimizer)
-    batches = Batches(splits[0], config, len(finished))
+    batches = Batches(training, config, len(finished))
     saver = checkpoints.Saver(config.checkpoint_seconds)
-    size, device = config.batch_size, splits[0].images.device
+    size, device = config.batch_size, training.images.device
     with progress.bar((config.epochs - len(finished)) * len(batches) * size, cell) as bar:
         for epoch in range(len(finished), config.epochs):
             began = time.perf_counter()
@@ -348,8 +349,8 @@ def train(
             row = {"cell": cell, "epoch": epoch + 1, "train_loss": losses.mean()}
             row["train_accuracy"] = correct.item() / (len(batches) * size)
             with autocast(config):
-                row["validation_loss"], predictions = evaluate(model, splits[1])
-            row["validation_accuracy"] = functions.accuracy(predictions, splits[1].labels)
+                row["validation_loss"], predictions = evaluate(model, validation)
+            row["validation_accuracy"] = functions.accuracy(predictions, validation.labels)
             row["learning_rate"] = optimizer.param_groups[0]["lr"]
             devices.synchronize(device)
             row["seconds"] = time.perf_counter() - began
