@@ -479,18 +479,22 @@ def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str],
     """Loss and accuracy of all cells over epochs, training dashed, validation solid."""
     title = f"Row by row on {name}: training dashed, validation solid"
     with figures.new_figure(path, title) as figure:
-        panels = figures.add_panels(figure, 2)
-        for axes, key in zip(panels, ("loss", "accuracy"), strict=True):
-            percent = key == "accuracy"
+        for axes, key, scale, label in zip(
+            figures.add_panels(figure, 2),
+            ("loss", "accuracy"),
+            (1, 100),
+            ("loss", "accuracy (%)"),
+            strict=True,
+        ):
             for cell in cells:
                 rows = [row for row in history if row["cell"] == cell]
                 epochs = [row["epoch"] for row in rows]
                 look = {"color": CELL_COLORS[cell], "marker": "o" if len(epochs) < 3 else None}
-                for split, style in (("train", "--"), ("validation", "-")):
-                    values = [row[f"{split}_{key}"] * (100 if percent else 1) for row in rows]
-                    label = cell.upper() if split == "validation" else None
-                    axes.plot(epochs, values, style, label=label, **look)
-            figures.label_axes(axes, "epoch", "accuracy (%)" if percent else "loss")
+                training = [scale * row[f"train_{key}"] for row in rows]
+                validation = [scale * row[f"validation_{key}"] for row in rows]
+                axes.plot(epochs, training, "--", **look)
+                axes.plot(epochs, validation, "-", label=cell.upper(), **look)
+            figures.label_axes(axes, "epoch", label)
         figures.add_legend(figure)
 
 
