@@ -12,6 +12,7 @@ T steps, B batch, H hidden units.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,7 +114,10 @@ class Gates(torch.autograd.Function):
         return inputs, d_weight, flat[:, 2 * hidden :].sum(0, dtype=torch.float32)
 
 
-def _layers(module: nn.RNNBase, rows: Tensor, recurrence: Any) -> tuple[Tensor, Tensor]:
+def _forward(
+    module: nn.RNNBase, rows: Tensor, states_of: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What the module's own `forward` returns; `states_of` computes a layer in one direction."""
     outputs, last = rows.transpose(0, 1), []  # (T, B, I)
     for layer in range(module.num_layers):
         directions = []
@@ -123,7 +127,7 @@ def _layers(module: nn.RNNBase, rows: Tensor, recurrence: Any) -> tuple[Tensor, 
                 for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             ]
             inputs = outputs.flip(0) if suffix else outputs
-            states = _direction(module.hidden_size, inputs, weights, recurrence)  # (T, B, H)
+            states = states_of(inputs, *weights)  # (T, B, H)
             last.append(states[-1])
             directions.append(states.flip(0) if suffix else states)
         outputs = torch.cat(directions, 2) if module.bidirectional else states
@@ -132,10 +136,16 @@ def _layers(module: nn.RNNBase, rows: Tensor, recurrence: Any) -> tuple[Tensor, 
     return outputs.transpose(0, 1), torch.stack(last)
 
 
-def _direction(hidden: int, rows: Tensor, weights: list[Tensor], recurrence: Any) -> Tensor:
-    weight_ih, weight_hh, bias_ih, bias_hh = weights
-    if recurrence is Tanh:
-        return Tanh.apply(F.linear(rows, weight_ih, bias_ih + bias_hh), weight_hh)
+def _tanh_states(
+    rows: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
+) -> Tensor:
+    return Tanh.apply(F.linear(rows, weight_ih, bias_ih + bias_hh), weight_hh)
+
+
+def _gated_states(
+    rows: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
+) -> Tensor:
+    hidden = weight_hh.shape[1]
     outside, inside = bias_hh.split([2 * hidden, hidden])
     bias = bias_ih + F.pad(outside, (0, hidden))
     return Gates.apply(F.linear(rows, weight_ih, bias), weight_hh, inside)
@@ -150,7 +160,7 @@ class RNN(nn.RNN):
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Outputs `(B, T, H)` and last states `(layers, B, H)` of `(B, T, I)`."""
-        return _layers(self, rows, Tanh) if _by_hand(rows) else super().forward(rows)
+        return _forward(self, rows, _tanh_states) if _by_hand(rows) else super().forward(rows)
 
 
 class GRU(nn.GRU):
@@ -158,7 +168,7 @@ class GRU(nn.GRU):
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Outputs `(B, T, H)` and last states `(layers, B, H)` of `(B, T, I)`."""
-        return _layers(self, rows, Gates) if _by_hand(rows) else super().forward(rows)
+        return _forward(self, rows, _gated_states) if _by_hand(rows) else super().forward(rows)
 
 
 class LSTM(nn.LSTM):
