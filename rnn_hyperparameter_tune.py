@@ -215,11 +215,11 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     """Optuna's pruner of `--pruner`."""
     from optuna import pruners
 
-    return {
-        "median": lambda: pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
-        "hyperband": lambda: pruners.HyperbandPruner(1, config.max_epochs),
-        "none": pruners.NopPruner,
-    }[config.pruner]()
+    if config.pruner == "median":
+        return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    if config.pruner == "hyperband":
+        return pruners.HyperbandPruner(1, config.max_epochs)
+    return pruners.NopPruner()
 
 
 class Objective:
