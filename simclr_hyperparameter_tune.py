@@ -199,7 +199,7 @@ def best_settings(trials: Trials, config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def load_splits(config: Config) -> datasets.ImageData:
+def load_data(config: Config) -> datasets.ImageData:
     """The training images, a tenth of them in the test images' place.
 
     Raises:
@@ -222,7 +222,7 @@ class Objective:
     def __init__(self, config: Config):
         self.config = config
         self.fabric = devices.make_fabric(config.device, config.precision)
-        self.data = load_splits(config).to(self.fabric.device)
+        self.data = load_data(config).to(self.fabric.device)
         self.scored = dataclasses.replace(
             self.data,
             train=self.data.train.select(functions.fixed_permutation(len(self.data.train))[:BANK]),
@@ -259,7 +259,7 @@ def main(config: Config) -> dict[str, Any]:
         UserError: the data or the storage cannot be used, or every trial failed.
     """
     runs.require_package("optuna", "optuna", "a sweep")
-    data = load_splits(config)  # A mistake shows before there is a run folder.
+    data = load_data(config)  # A mistake shows before there is a run folder.
     lowest = {name: values[0] for name, values in SPACE.items()}
     lowest |= {"views": max(SPACE["views"]), "epochs": config.rungs[0], "seed": 0}
     trained_config(config, lowest)
