@@ -479,13 +479,9 @@ def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str],
     """Loss and accuracy of all cells over epochs, training dashed, validation solid."""
     title = f"Row by row on {name}: training dashed, validation solid"
     with figures.new_figure(path, title) as figure:
-        for axes, key, scale, label in zip(
-            figures.add_panels(figure, 2),
-            ("loss", "accuracy"),
-            (1, 100),
-            ("loss", "accuracy (%)"),
-            strict=True,
-        ):
+        quantities = (("loss", 1, "loss"), ("accuracy", 100, "accuracy (%)"))
+        panels = figures.add_panels(figure, 2)
+        for axes, (key, scale, label) in zip(panels, quantities, strict=True):
             for cell in cells:
                 rows = [row for row in history if row["cell"] == cell]
                 epochs = [row["epoch"] for row in rows]
