@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from support import checkpoints, datasets, decoding, devices, encoders, files
 from support.errors import UserError, require
-from support.settings import COMPUTED_IN
 
 SIDES = {"cifar10": 32, "fashion-mnist": 28, "digits": 8}  # what --image-size does not change
 
@@ -24,8 +23,9 @@ class Encoder:
     """A finished encoder and what is known of it.
 
     `mean` and `std` `(C,)` are those of its training images, `size` their side in pixels, `rules`
-    how their files became pixels. `record` is the run's `config.json`, empty for a file alone.
-    `probe` is empty without a linear probe.
+    how their files became pixels. `fabric` computes in the precision of the training, if the device
+    has units for it. `record` is the run's `config.json`, empty for a file alone. `probe` is empty
+    without a linear probe.
     """
 
     network: Any
@@ -91,7 +91,8 @@ def load_encoder(path: Path, device: str) -> Encoder:
         f"{file} does not say how large its images are: put its run's config.json beside it",
     )
     computed_in = about.get("computed_in", record.get("computed_in"))
-    fabric = devices.make_fabric(device, COMPUTED_IN.get(str(computed_in), "auto"))
+    # What was trained in bfloat16 takes ten times as long where a CPU has to emulate it.
+    fabric = devices.make_fabric(device, "float32" if computed_in == "32-true" else "auto")
     try:
         mean, std = (torch.tensor(about[name], device=fabric.device) for name in ("mean", "std"))
         shape = (len(mean), size, about.get("width", 64))

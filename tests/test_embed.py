@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 import embed
 import functions
 import simclr
-from support import checkpoints, datasets, devices, encoders, files
+from support import checkpoints, datasets, devices, encoders, files, frozen
 
 
 def write_digits(folder, split, positions):
@@ -43,35 +43,40 @@ def trained(request, tmp_path_factory, digits):
     """A finished run, and 40 of its test images and 5 of its training images."""
     precision = getattr(request, "param", "float32")
     home = tmp_path_factory.mktemp(precision)
-    config = simclr.Config(
-        dataset="digits",
-        data_dir=str(home / "data"),
-        output_dir=str(home / "results"),
-        name="run",
-        encoder="small",
-        epochs=1,
-        batch_size=256,
-        probe_epochs=5,
-        few_labels=0,
-        knn_every=0,
-        stages="pretrain,probe",
-        device="cpu",
-        precision=precision,
-    )
-    simclr.main(config)
-    run = home / "results" / "simclr" / "run"
-    tests = write_digits(home / "images" / "seen later", digits.test, range(40))
-    training = write_digits(home / "images" / "seen", digits.train, range(5))
-    fabric = devices.make_fabric("cpu", precision)
-    encoder = encoders.make_encoder("small", "cifar", 1, 8).to(memory_format=torch.channels_last)
-    encoder.load_state_dict(checkpoints.load_tensors(run / "encoder.safetensors")[0])
-    features = {
-        part: functions.extract_features(encoder, getattr(digits, part), fabric).numpy()
-        for part in ("train", "test")
-    }
-    return SimpleNamespace(
-        home=home, run=run, images=home / "images", tests=tests, training=training, **features
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if precision == "bfloat16":  # as on a processor that has units for it
+            patch.setattr(devices, "_cpu_capabilities", lambda: {"avx512_bf16": True})
+        config = simclr.Config(
+            dataset="digits",
+            data_dir=str(home / "data"),
+            output_dir=str(home / "results"),
+            name="run",
+            encoder="small",
+            epochs=1,
+            batch_size=256,
+            probe_epochs=5,
+            few_labels=0,
+            knn_every=0,
+            stages="pretrain,probe",
+            device="cpu",
+            precision=precision,
+        )
+        simclr.main(config)
+        run = home / "results" / "simclr" / "run"
+        tests = write_digits(home / "images" / "seen later", digits.test, range(40))
+        training = write_digits(home / "images" / "seen", digits.train, range(5))
+        fabric = devices.make_fabric("cpu", precision)
+        encoder = encoders.make_encoder("small", "cifar", 1, 8).to(
+            memory_format=torch.channels_last
+        )
+        encoder.load_state_dict(checkpoints.load_tensors(run / "encoder.safetensors")[0])
+        features = {
+            part: functions.extract_features(encoder, getattr(digits, part), fabric).numpy()
+            for part in ("train", "test")
+        }
+        yield SimpleNamespace(
+            home=home, run=run, images=home / "images", tests=tests, training=training, **features
+        )
 
 
 def start(run, folder, output, *flags):
@@ -109,6 +114,19 @@ def test_features_are_those_of_the_runs_evaluation(trained, embedded):
     for path, features in zip(paths, embedded.arrays["features"], strict=True):
         part = trained.train if path.startswith("seen/") else trained.test
         assert np.array_equal(features, part[position(path)])
+
+
+@pytest.mark.parametrize("trained", ["bfloat16"], indirect=True)
+def test_without_units_for_bfloat16_it_is_not_emulated(trained, digits, monkeypatch):
+    # An encoder of a GPU on a laptop: emulated, the same features take ten times as long.
+    monkeypatch.setattr(devices, "_cpu_capabilities", dict)
+    encoder = frozen.load_encoder(trained.run, "cpu")
+    features = functions.extract_features(encoder.network, digits.test, encoder.fabric)
+    assert torch.equal(features, functions.extract_features(encoder.network, digits.test))
+    others = torch.from_numpy(trained.test)
+    assert 0 < (features - others).norm() < 0.02 * others.norm()
+    predictions = [functions.apply_probe(f, encoder.probe).argmax(1) for f in (features, others)]
+    assert functions.accuracy(*predictions) > 0.98
 
 
 @each_precision
