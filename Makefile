@@ -19,7 +19,8 @@ help:
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
-# uv installs in a third of pip's time. Where it cannot, as behind a mirror that only pip knows, pip does.
+# uv takes 80 s where pip takes two to three minutes. Where it cannot, as behind a mirror that only pip
+# knows, pip installs.
 define install
 	@echo "installing $(1) into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \

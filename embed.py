@@ -6,7 +6,8 @@
 Takes a finished run of simclr.py, simsiam.py or moco.py, or its `encoder.safetensors` alone, and
 all images below a folder. Writes `features.npz`, `images.csv`, `neighbours.csv`, `neighbours.png`
 and `embedding.html`. Similarity is the cosine between the features of two images, which are those
-that the run's own evaluation would give them. A file that cannot be read is named and passed over.
+that the run's own evaluation would give them on the same kind of processor. A file that cannot be
+read is named and passed over.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ AUDIT = ("linear", "knn")  # linear probe and kNN, accuracies in [0, 1], on held
 def rotation_accuracy(encoder: nn.Module, data: datasets.ImageData, fabric: Any) -> float:
     """How well a linear layer on frozen features tells four rotations apart, in [0, 1].
 
-    It is trained on at most 5,000 training images, each in all four rotations, and tested on the
-    others (Reed et al. 2021, section 3.1). Chance is 0.25.
+    It is trained on at most 5,000 training images, each in all four rotations, and tested on
+    `data.test` in all four (Reed et al. 2021, section 3.1). Chance is 0.25.
     """
 
     def turned(split: datasets.Split) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ al. 2020, https://arxiv.org/abs/2003.04297) brought the nonlinear head and colou
 
 The authors' demo for CIFAR-10 reports for ResNet18, by kNN on the head's output, 82.6 % after 200
 epochs and 88.7 % after 800, with the symmetric loss 85.3 and 89.7. `--projection linear
---crop-scale-min 0.08` makes the defaults the demo's, which then adds the two losses of which
-`--symmetric` takes the mean: `--learning-rate 0.06 --weight-decay 2.5e-4` do the same.
+--crop-scale-min 0.08` makes the defaults the demo's. Its symmetric loss is the sum of the two of
+which `--symmetric` takes the mean; `--learning-rate 0.06 --weight-decay 2.5e-4` make up for that.
 
 Differences from the paper, as in the demo: the stem of CIFAR-10, no blur, a shorter queue that a
 faster key encoder fills, and BatchNorm over parts of the batch instead of a GPU's share of it.

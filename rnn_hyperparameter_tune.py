@@ -63,7 +63,7 @@ WIDE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config(sweep.SweepConfig):
-    """The defaults are the original's sweep."""
+    """The defaults are the original's sweep, but for `--augmentation`: it had none."""
 
     SCRIPT = "rnn_hyperparameter_tune"
 

@@ -1,4 +1,4 @@
-"""The speed table of the README, from what `make bench` measured on each kind of processor.
+"""The table of docs/speed.md, from what `make bench` measured on each kind of processor.
 
 python benchmarks/table.py
 """

@@ -1,7 +1,7 @@
 """What the self-supervised scripts share: settings, the epochs, and the stages after training.
 
-Views, model, loss and steps are the scripts' own; this module surrounds the steps with order,
-records and checkpoints, and does one stage after the other.
+Model, loss and steps are the scripts' own. This module has what they share, cropped views among it,
+surrounds the steps with order, records and checkpoints, and does one stage after the other.
 
 B images in a batch, b of them this process's.
 """
