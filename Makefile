@@ -19,13 +19,16 @@ help:
 	@echo "make format  let ruff format and mend the code"
 	@echo "make clean   remove .venv and caches, keep data and results"
 
-# uv takes 80 s where pip takes two to three minutes. Where it cannot, as behind a mirror that only pip
-# knows, pip installs.
+# uv takes 80 s where pip takes two to three minutes. It does not read pip's configuration: where that
+# says what to install or from where, and where uv fails, pip installs.
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 define install
 	@echo "installing $(1) into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-		&& $(BIN)/python -m uv pip install --quiet --compile-bytecode -r $(1) \
-		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(1)
+	@trap 'exit 130' INT; \
+	! $(BIN)/python -m pip config list 2>/dev/null | grep -qE 'index|find-links|constraint' \
+		&& $(PIP) install --only-binary uv uv \
+		&& $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --compile-bytecode -r $(1) \
+		|| $(PIP) install -r $(1)
 endef
 
 NEW_ENOUGH = import sys; sys.version_info >= (3, 11) or sys.exit
@@ -67,7 +70,7 @@ test-faults: .venv/installed-dev
 
 # kornia, openTSNE and pytorch-metric-learning only serve as rows of the tables.
 bench: .venv/installed-dev
-	$(BIN)/python -m pip install --quiet kornia openTSNE pytorch-metric-learning
+	$(PIP) install kornia openTSNE pytorch-metric-learning
 	@set -e; export BENCHMARK_RESULTS=benchmarks/results; run="$(BIN)/python -W ignore benchmarks"; \
 	data="$(if $(DATASET),--dataset $(DATASET))"; \
 	$$run/augmentation.py $$data; $$run/randaugment.py; $$run/rnn_epoch.py $$data; \
@@ -81,7 +84,8 @@ reproduce-%: $(INSTALLED)
 
 # The lock holds for Linux, macOS and Windows, and for Python 3.11 and newer.
 lock: .venv/installed-dev
-	$(BIN)/python -m pip freeze > .venv/tested.txt
+	$(PIP) install uv
+	$(PIP) freeze > .venv/tested.txt
 	$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 		--constraint .venv/tested.txt --custom-compile-command "make lock" \
 		--output-file requirements.lock requirements.txt

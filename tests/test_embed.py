@@ -519,9 +519,10 @@ def test_training_images_that_are_gone_are_left_out(trained, tmp_path, capsys, r
     assert {row["where"] for row in found.neighbours} == {"folder"}
 
 
-def test_a_config_json_of_another_program_is_no_record(trained, tmp_path, capsys):
+@pytest.mark.parametrize("record", [{"model": ["ResNet"]}, {"dataset": 5, "image_size": 8}])
+def test_a_config_json_of_another_program_is_no_record(trained, tmp_path, capsys, record):
     run = copy_without(trained, tmp_path / "run")
-    files.write_json(run / "config.json", {"architectures": ["ResNet"]})
+    files.write_json(run / "config.json", record)
     found = start(run, trained.images, tmp_path / "out")
     (line,) = [s for s in capsys.readouterr().out.splitlines() if "are left out" in s]
     assert "names no data set" in line
