@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     Trials = Sequence[optuna.trial.FrozenTrial]
 
-# What is searched, as `sweep.draw` takes it.
+# What is searched, as `sweep.draw` takes it; of the batches those that the images can fill.
 SPACE: dict[str, Any] = {
     "learning_rate": (0.02, 0.5),
     "temperature": (0.05, 1.0),
@@ -102,12 +102,14 @@ class Config(sweep.SweepConfig, trials=60, max_epochs=18):
         return [self.seed + number for number in range(KEPT)]
 
 
-def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> simclr.Config:
-    """The `simclr.Config` of a trial.
+def suggest_config(
+    trial: optuna.trial.BaseTrial, config: Config, space: dict[str, Any]
+) -> simclr.Config:
+    """The `simclr.Config` of a trial, drawn from `space`.
 
     Epochs are counted for two views: of four views half as many are trained, in the same time.
     """
-    drawn = sweep.draw(trial, SPACE)
+    drawn = sweep.draw(trial, space)
     epochs = trial.suggest_categorical("epochs", config.rungs)
     seed = trial.suggest_categorical("seed", config.seeds)
     return trained_config(config, {**drawn, "epochs": epochs, "seed": seed})
@@ -203,17 +205,25 @@ def load_data(config: Config) -> datasets.ImageData:
     """The training images, a tenth of them in the test images' place.
 
     Raises:
-        UserError: the data cannot be used, or are fewer than the largest batch of the search.
+        UserError: the data cannot be used.
     """
-    data = functions.load_dataset(config).with_validation_split()
-    largest = max(SPACE["batch_size"])
+    return functions.load_dataset(config).with_validation_split()
+
+
+def search_space(data: datasets.ImageData) -> dict[str, Any]:
+    """`SPACE` without the batches that are larger than the data.
+
+    Raises:
+        UserError: all of them are.
+    """
+    count, smallest = len(data.train), min(SPACE["batch_size"])
     require(
-        len(data.train) >= largest,
-        f"there are {len(data.train)} images to train on, fewer than the largest batch of the "
-        f"search ({largest}): a tenth of the images scores the settings, so the folder must hold "
-        f"about {largest * 10 // 9 + 1}, with labels a quarter more",
+        count >= smallest,
+        f"there are {count} images to train on, fewer than the smallest batch of the search "
+        f"({smallest}): a tenth of the images scores the settings, so the folder must hold about "
+        f"{smallest * 10 // 9 + 1}, with labels a quarter more",
     )
-    return data
+    return SPACE | {"batch_size": [size for size in SPACE["batch_size"] if size <= count]}
 
 
 class Objective:
@@ -223,6 +233,7 @@ class Objective:
         self.config = config
         self.fabric = devices.make_fabric(config.device, config.precision)
         self.data = load_data(config).to(self.fabric.device)
+        self.space = search_space(self.data)
         self.scored = dataclasses.replace(
             self.data,
             train=self.data.train.select(functions.fixed_permutation(len(self.data.train))[:BANK]),
@@ -235,7 +246,7 @@ class Objective:
         Raises:
             Diverged: a loss is not finite.
         """
-        config = suggest_config(trial, self.config)
+        config = suggest_config(trial, self.config, self.space)
         devices.seed_everything(config.seed)
         model: Any = simclr.SimCLR(config, *self.data.train.images.shape[1:3])
         model = model.to(self.fabric.device).to(memory_format=torch.channels_last)
@@ -260,6 +271,7 @@ def main(config: Config) -> dict[str, Any]:
     """
     runs.require_package("optuna", "optuna", "a sweep")
     data = load_data(config)  # A mistake shows before there is a run folder.
+    space = search_space(data)
     lowest = {name: values[0] for name, values in SPACE.items()}
     lowest |= {"views": max(SPACE["views"]), "epochs": config.rungs[0], "seed": 0}
     trained_config(config, lowest)
@@ -270,8 +282,13 @@ def main(config: Config) -> dict[str, Any]:
             "the rotation probe needs images with an upright orientation; textures, cells or aerial"
         )
         print("pictures have none: search them with another --objective")
+        if len(data.test) < 100:
+            print(
+                f"only {len(data.test)} images score the settings: differences of less than "
+                f"{100 / math.sqrt(len(data.test)):.0f} points are chance"  # two standard errors
+            )
     names = ("objective", "image_size", "max_epochs", "seed", "encoder", "stem", "width")
-    about = {name: getattr(config, name) for name in (*names, "view_size")} | {"space": SPACE}
+    about = {name: getattr(config, name) for name in (*names, "view_size")} | {"space": space}
     return sweep.run_sweep(
         config,
         data.fingerprint(),

@@ -37,7 +37,7 @@ def make_config(folder: Path, **changes) -> tune.Config:
 )
 def test_every_value_reaches_the_training(tmp_path, name, value):
     trial = optuna.trial.FixedTrial({**FIRST, name: value})
-    found = tune.suggest_config(trial, make_config(tmp_path, image_size=16))
+    found = tune.suggest_config(trial, make_config(tmp_path, image_size=16), tune.SPACE)
     strength = value if name == "jitter" else FIRST["jitter"]
     assert found.jitter == pytest.approx([0.8 * strength] * 3 + [0.2 * strength])
     if name != "jitter":
@@ -72,7 +72,7 @@ def run_search(tmp_path, trials, value, **changes):
     config = make_config(tmp_path, trials=trials, **changes)
 
     def objective(trial):
-        tune.suggest_config(trial, config)
+        tune.suggest_config(trial, config, tune.SPACE)
         return value(trial.params)
 
     with sweep.open_sweep(
@@ -170,7 +170,7 @@ def test_trials_that_run_leave_the_confirmation_its_share(tmp_path):
         running = []
         while not search.is_over():
             while len(running) < 8 and (trial := search.begin_trial()):  # as eight workers do
-                tune.suggest_config(trial, config)
+                tune.suggest_config(trial, config, tune.SPACE)
                 running.append(trial)
             done = running.pop(0)
             search.end_trial(done, sweep.Outcome("COMPLETE", done.params["temperature"]))
@@ -328,8 +328,15 @@ def test_images_without_labels_are_scored_and_not_audited():
     assert set(scores) == set(label_free.SCORES)
 
 
+def test_batches_that_the_images_cannot_fill_are_not_searched():
+    data = functions.load_images("digits").with_validation_split()  # 1,293 to train on
+    assert tune.search_space(data) == tune.SPACE
+    fewer = dataclasses.replace(data, train=data.train.select(torch.arange(255)))
+    assert tune.search_space(fewer) == tune.SPACE | {"batch_size": [64, 128]}
+
+
 def test_too_few_images_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [64, 4096]})
-    with pytest.raises(UserError, match=r"fewer than the largest batch of the search \(4096\)"):
+    monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [2048, 4096]})
+    with pytest.raises(UserError, match=r"fewer than the smallest batch of the search \(2048\)"):
         tune.main(make_config(tmp_path))
     assert not (tmp_path / "simclr_hyperparameter_tune").exists()
