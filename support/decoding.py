@@ -11,8 +11,8 @@ import numpy as np
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-)
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+) | {".avif", ".heic", ".heif"}
+IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,15 @@ def _read_with_pillow(path: Path, size: int, stack: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
     # By its name alone an image could be PostScript, which Pillow hands to Ghostscript.
-    with Image.open(path, formats=IMAGE_FORMATS) as opened:
+    formats = IMAGE_FORMATS
+    if path.suffix.lower() in (".heic", ".heif"):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise OSError("Pillow cannot read it: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        formats = ["HEIF"]
+    with Image.open(path, formats=formats) as opened:
         image: Image.Image = opened
         _check_size(image.width * image.height)
         # Besides the photograph, the second image of a phone's JPEG (MPO) has its depth.

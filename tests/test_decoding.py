@@ -273,6 +273,32 @@ def test_other_channels_are_refused(tmp_path, user_error, rules, write, word):
         load(tmp_path / "in", **rules)
 
 
+@pytest.mark.parametrize("kind", ["heic", "avif"])
+def test_photographs_of_phones_are_read(tmp_path, kind):
+    if kind == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    board = np.array([[255, 0], [0, 255]]).repeat(16, 0).repeat(16, 1)  # (32, 32)
+    image = Image.fromarray(np.stack([board, 0 * board, 255 - board], 2).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    (tmp_path / "in").mkdir()
+    written = {"format": "HEIF" if kind == "heic" else "AVIF", "quality": 95}
+    image.save(tmp_path / "in" / f"a.{kind.upper()}", exif=exif.tobytes(), **written)
+    (tmp_path / "plain").mkdir()
+    image.rotate(-90).save(tmp_path / "plain" / "a.png")
+    found, expected = (load(tmp_path / name).train.images for name in ("in", "plain"))
+    assert (found.float() - expected.float()).abs().mean() < 8  # of 255: both lose a little
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF"])
+def test_a_missing_pillow_heif_is_one_line(tmp_path, user_error, monkeypatch, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).touch()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with user_error(name, "pip install pillow-heif"):
+        load(tmp_path / "in")
+
+
 def test_a_missing_tifffile_is_one_line(tmp_path, user_error, monkeypatch):
     (tmp_path / "in").mkdir()
     write_tiff(tmp_path / "in" / "a.tif", draw((16, 16)) / 255)
