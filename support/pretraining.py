@@ -567,8 +567,7 @@ def run_experiment(
                 f"{run.folder} has finished {epoch} of {config.epochs} epochs: let it finish "
                 "first, with pretrain among the --stages",
             )
-        if fabric.world_size > 1:
-            fabric = devices.make_fabric(config.device, config.precision)
+        fabric = devices.make_evaluation_fabric(config.device, config.precision)
         names = ("seconds", "measure_seconds", "checkpoint_seconds")
         seconds = sum(row.get(name, 0) for row in history for name in names)
         values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
