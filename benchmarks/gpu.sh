@@ -4,6 +4,7 @@
 #
 #     bash benchmarks/gpu.sh data/cifar10-images          # or a tar.gz of that folder, or cifar10
 #     OUT=somewhere LIMIT=570 bash benchmarks/gpu.sh ...  # where the archives go, seconds of a call
+#     ONLY="pilots-simclr simclr-gpu-100-seed1" bash benchmarks/gpu.sh ...  # these parts
 #     DEVICE=cpu TINY=1 bash benchmarks/gpu.sh digits     # try it without a GPU, in minutes
 #
 # It needs a python3 with the packages of requirements.txt but optuna, umap-learn, plotly and
@@ -28,20 +29,30 @@ if [ -f "$dataset" ]; then # an archive of the folder
   dataset=$folder
 fi
 
-# What goes home: logs, tables, records and pictures, but no weights, in archives of under 15 MB. The
-# scores are printed, too, so that they are not lost with an archive.
+# What goes home: logs, tables, records and pictures, but no weights, in archives of under 15 MB, made
+# anew every minute in case this is killed. The scores are printed, too.
 pack() {
+  rm -rf "$work/packing" && mkdir "$work/packing"
   find results docs/results/pilots -type f \( -name '*.log' -o -name '*.csv' -o -name '*.json' -o -name '*.png' \) |
-    sort | tar -czf - -T - | split -b 14M - "$out/gpu.tar.gz."
+    sort | tar -czf - -T - 2>/dev/null | split -b 14M - "$work/packing/gpu.tar.gz."
+  mv -f "$work/packing"/gpu.tar.gz.* "$out/"
+}
+finish() {
+  kill "$packer"
+  wait "$packer" 2>/dev/null
+  pack
   grep -sHE '"(linear_probe|knn)_accuracy"|seconds"' results/*/gpu-*/summary.json
 }
-trap pack EXIT
+(while sleep 60; do pack; done) >/dev/null 2>&1 &
+packer=$!
+trap finish EXIT
 
 # part NAME COMMAND...: once, within what is left of the time; its output goes to NAME.log
 part() {
   local name=$1
   shift
   [ -e "$work/$name.done" ] && return
+  [ -n "${ONLY:-}" ] && [[ " $ONLY data " != *" $name "* ]] && return
   local left=$((stop - SECONDS))
   if [ "$left" -lt 30 ]; then
     echo "time is up before $name: run this again"
@@ -72,10 +83,12 @@ if [ -n "$tiny" ]; then
   recipe+=(--encoder small --epochs 2 --batch-size 64 --probe-epochs 2) long=3
 fi
 
+part data "$python" -c 'import sys, functions; print(functions.load_images(sys.argv[1]))' "$dataset"
+[ "$failed" = 0 ] || exit 1 # without the images nothing will do
 [ "$device" = cuda ] && part device nvidia-smi
 part facts "$python" benchmarks/gpu.py --device "$device" facts
 if "$python" -c 'import pytest' 2>/dev/null; then
-  part tests "$python" -m pytest -q tests/test_augment.py tests/test_randaugment.py tests/test_simclr.py
+  part tests "$python" -m pytest -q tests/test_randaugment.py -k gpu
 fi
 part agree "$python" benchmarks/gpu.py --device "$device" $tiny agree
 part profile "$python" benchmarks/gpu.py --device "$device" $tiny profile
@@ -84,13 +97,15 @@ part epochs "$python" benchmarks/gpu.py --device "$device" epochs simclr "${reci
 for seed in 0 1 2; do
   train simclr "gpu-100-seed$seed" "${recipe[@]}" --seed "$seed"
 done
+# Small networks leave most of a GPU to others: tables of pilots, sixteen runs at a time. Rows that
+# have a score cost nothing.
+for table in rows simclr cifar-methods; do
+  rm -f "$work/pilots-$table.done"
+  [ -n "$tiny" ] || part "pilots-$table" env OMP_NUM_THREADS=2 "$python" benchmarks/pilots.py \
+    --jobs 16 "docs/results/pilots/$table.csv" --dataset "$dataset"
+done
 part simsiam-epochs "$python" benchmarks/gpu.py --device "$device" epochs simsiam "${recipe[@]}"
 train simsiam gpu-simsiam "${recipe[@]}" --stages pretrain,probe
 train simclr "gpu-$long" "${recipe[@]}" --epochs "$long" --knn-every 50
-# Small networks leave most of a GPU to others: the tables of pilots, eight runs at a time.
-for table in rows simclr cifar-methods fashion; do
-  [ -n "$tiny" ] || part "pilots-$table" "$python" benchmarks/pilots.py --jobs 8 \
-    "docs/results/pilots/$table.csv" $([ $table = fashion ] || echo --dataset "$dataset")
-done
 [ "$failed" = 0 ] && echo "done; logs, tables and pictures are in $out"
 exit "$failed"

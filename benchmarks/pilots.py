@@ -72,8 +72,9 @@ def run_side_by_side(
     """The rows of a table, each as soon as it is finished, so many at a time.
 
     Raises:
-        UserError: a run ended with an error; the others are stopped, and go on next time.
+        UserError: runs ended with an error; the others have been done.
     """
+    failed = []
     waiting = [row for row in table if not is_finished(folders[row["name"]])]
     yield from (row for row in table if row not in waiting)
     running: list[tuple[dict[str, str], subprocess.Popen]] = []
@@ -85,10 +86,12 @@ def run_side_by_side(
             time.sleep(0.1)
             for row, process in running[:]:
                 if process.poll() is not None:
-                    name, code = row["name"], process.returncode
-                    require(code == 0, f"{name} ended with exit code {code}; call this again")
                     running.remove((row, process))
-                    yield row
+                    if process.returncode == 0:
+                        yield row
+                    else:
+                        failed.append(f"{row['name']} ended with exit code {process.returncode}")
+        require(not failed, f"{', '.join(failed)}: see above; call this again")
     finally:
         for _, process in running:
             process.terminate()

@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of each probe [100]")
     arguments = parser.parse_args()
     encoder = frozen.load_encoder(arguments.run, "cpu")
-    data = functions.load_images(encoder.record["dataset"], ROOT / "data").with_validation_split()
+    name, size, rules = encoder.record["dataset"], encoder.size, encoder.rules
+    data = functions.load_images(name, ROOT / "data", size, None, rules).with_validation_split()
     inputs = []
     for part in (data.train, data.test):
         inputs += [functions.extract_features(encoder.network, part, encoder.fabric), part.labels]

@@ -69,16 +69,17 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(call, capfd,
         call()
 
 
-def test_one_error_stops_the_others(pilots, call, monkeypatch, user_error):
-    codes = {"one": "import time; time.sleep(600)", "two": "raise SystemExit(2)"}
-    files.write_csv(Path("table.csv"), ROWS)
-    begun = []
+def test_after_an_error_the_others_are_done(pilots, tmp_path, monkeypatch, user_error):
+    codes = {"two": "raise SystemExit(2)", "one": "import time; time.sleep(1)"}
+    rows = [{"name": name} for name in codes]
 
     def begin(row, *_):
-        begun.append(subprocess.Popen([sys.executable, "-c", codes[row["name"]]]))
-        return begun[-1]
+        return subprocess.Popen([sys.executable, "-c", codes[row["name"]]])
 
     monkeypatch.setattr(pilots, "begin", begin)
-    with user_error("two ended with exit code 2; call this again"):
-        call("--jobs", "2")
-    assert [process.poll() is None for process in begun] == [False, False]
+    folders = dict.fromkeys(codes, tmp_path / "no run")
+    for jobs in (1, 2):
+        done = []
+        with user_error("two ended with exit code 2", "call this again"):
+            done.extend(pilots.run_side_by_side(rows, folders, [], jobs))
+        assert done == [{"name": "one"}]
