@@ -201,9 +201,16 @@ def test_few_labels_together_are_what_was_measured():
     }
 
 
-def test_three_methods_are_what_was_measured():
-    found = {runs[0].script: runs for runs in measured("fashion-mnist-encoders")}
-    rows = table("docs/results.md", "## Three methods in equal minutes")
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("fashion-mnist-encoders", "## Three methods in equal minutes"),
+        ("cifar10-encoders", "### The same on CIFAR-10"),
+    ],
+)
+def test_three_methods_are_what_was_measured(name, heading):
+    found = {runs[0].script: runs for runs in measured(name)}
+    rows = table("docs/results.md", heading)
     assert {row[""].lower() for row in rows} == set(found)
     for row in rows:
         runs = found[row[""].lower()]
