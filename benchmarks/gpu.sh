@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/gpu.sh data/cifar10-images          # or a tar.gz of that folder, or cifar10
 #     OUT=somewhere LIMIT=570 bash benchmarks/gpu.sh ...  # where the archives go, seconds of a call
-#     ONLY="pilots-simclr simclr-gpu-100-seed1" bash benchmarks/gpu.sh ...  # these parts
+#     ONLY="pilots-simclr simclr-gpu-100-seed1" bash benchmarks/gpu.sh ...  # these parts, all that "done" speaks of
 #     DEVICE=cpu TINY=1 bash benchmarks/gpu.sh digits     # try it without a GPU, in minutes
 #
 # It needs a python3 with the packages of requirements.txt but optuna, umap-learn, plotly and
