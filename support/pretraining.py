@@ -543,7 +543,9 @@ def run_experiment(
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             convert = nn.SyncBatchNorm.convert_sync_batchnorm
             if config.encoder.startswith("timm:"):  # whose norms have the activation in them
-                from timm.layers import convert_sync_batchnorm as convert
+                import timm.layers
+
+                convert = timm.layers.convert_sync_batchnorm
             model = convert(model)
         if main_process:
             print_setup(config, data, model, fabric.world_size)
