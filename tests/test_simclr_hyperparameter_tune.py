@@ -335,6 +335,22 @@ def test_batches_that_the_images_cannot_fill_are_not_searched():
     assert tune.search_space(fewer) == tune.SPACE | {"batch_size": [64, 128]}
 
 
+@pytest.mark.parametrize("count", [49, 99, 100])
+def test_a_search_says_how_much_of_its_score_is_chance(tmp_path, monkeypatch, capsys, count):
+    data = functions.load_images("digits")
+    data = dataclasses.replace(data, test=data.test.select(torch.arange(count)))
+    monkeypatch.setattr(tune, "load_data", lambda config: data)
+    monkeypatch.setattr(sweep, "run_sweep", lambda *arguments, **keywords: {})
+    tune.main(make_config(tmp_path))
+    # Two standard errors of an accuracy of a half, from drawings.
+    error = np.random.default_rng(0).binomial(count, 0.5, 100_000).std() / count
+    line = (
+        f"only {count} images score the settings: "
+        f"differences of less than {200 * error:.0f} points are chance\n"
+    )
+    assert (line in capsys.readouterr().out) == (count < 100)
+
+
 def test_too_few_images_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [2048, 4096]})
     with pytest.raises(UserError, match=r"fewer than the smallest batch of the search \(2048\)"):
