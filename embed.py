@@ -157,35 +157,41 @@ def neighbour_rows(mine: Collection, near: dict[str, Near]) -> Iterator[dict[str
 
 
 def plot_sheet(
-    path: Path, names: Sequence[str], groups: Mapping[str, tuple[Tensor, Tensor | None]], title: str
+    path: Path,
+    names: Sequence[str],
+    groups: Mapping[str, tuple[Sequence[Tensor], Sequence[Sequence[str]] | None]],
+    title: str,
 ) -> None:
     """A contact sheet: images, each with groups of others beside it.
 
     Args:
         path: where the picture goes.
         names: of the images `(Q,)`.
-        groups: by their heading, pictures `(Q, k, C, h, w)`, uint8, and numbers `(Q, k)` or more
-            to write below them, or None.
+        groups: by their heading, pictures `(k, C, h, w)`, uint8, for each image, and as many
+            words or more to write below them, or None.
         title: of the sheet.
     """
-    columns = max(11.6, sum(tiles.shape[1] + 0.2 for tiles, _ in groups.values()))
+    words = [word for _, captions in groups.values() for row in captions or () for word in row]
+    step = max(1.0, 0.15 * max(map(len, words), default=0))  # from a tile to the next
+    widths = {heading: step * max(map(len, tiles)) + 0.2 for heading, (tiles, _) in groups.items()}
+    columns = max(11.6, sum(widths.values()))
     height = 1.7 * len(names) + 0.7
     with figures.new_figure(path, title, figures.WIDTH * height / columns + 0.3) as figure:
         axes = figure.subplots()
         left = 0.0
-        for heading, (tiles, numbers) in groups.items():
+        for heading, (tiles, captions) in groups.items():
             axes.text(left, -0.5, heading, weight="bold")
             for row in range(len(names)):
                 top = 1.7 * row
                 for i, tile in enumerate(tiles[row]):
                     shown = datasets.as_shown(tile).expand(3, -1, -1)
                     pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
-                    box = (left + i, left + i + 0.95, top + 0.95, top)
+                    start = left + step * i
+                    box = (start, start + 0.95, top + 0.95, top)
                     axes.imshow(pixels, extent=box, interpolation="nearest")
-                    if numbers is not None:
-                        text = f"{numbers[row, i]:.3f}"
-                        axes.text(left + i + 0.47, top + 1.2, text, ha="center")
-            left += tiles.shape[1] + 0.2
+                    if captions is not None:
+                        axes.text(start + 0.47, top + 1.2, captions[row][i], ha="center")
+            left += widths[heading]
         for row, name in enumerate(names):
             axes.text(0, 1.7 * row - 0.1, figures.plain(name, 70))
         axes.set_xlim(-0.05, columns)
@@ -203,7 +209,8 @@ def plot_neighbours(
     for where, (others, similarity, index) in near.items():
         best = index[queries, :5]  # (Q, k)
         if best.shape[1]:
-            groups[heads[where]] = (others.tiles(best, channels, 96), similarity[queries])
+            captions = [[f"{value:.3f}" for value in row] for row in similarity[queries].tolist()]
+            groups[heads[where]] = (others.tiles(best, channels, 96), captions)
     plot_sheet(path, mine.names[queries.numpy()], groups, title)
 
 

@@ -403,7 +403,7 @@ def few_label_accuracy(
         generator = np.random.default_rng(seed)
         chosen = np.concatenate([generator.permutation(images)[:count] for images in classes])
         known = torch.from_numpy(chosen).to(train.device)
-        predictions = logistic_regression(train[known], train_labels[known], test)
+        predictions = logistic_regression(train[known], train_labels[known], test).argmax(1)
         scores.append(accuracy(predictions, targets))
     mean, deviation = float(np.mean(scores)), float(np.std(scores, ddof=1))
     return {"labels_per_class": count, "mean": mean, "sd": deviation, "draws": draws}
@@ -412,25 +412,30 @@ def few_label_accuracy(
 def logistic_regression(
     known: Tensor, labels: Tensor, features: Tensor, penalty: float = 1.0
 ) -> Tensor:
-    """Classes `(M,)`, on the CPU, of features `(M, D)`, learned from known ones to convergence.
+    """Probabilities `(M, K)`, on the CPU, of features' classes, learned from known ones.
 
     All features are scaled to the same length before: with few labels directions say more than
     lengths (SimpleShot, Wang et al. 2019, https://arxiv.org/abs/1911.04623).
 
     Args:
         known: `(n, D)`, standardised as `features` are.
-        labels: `(n,)`, of any number of classes.
-        features: to classify.
-        penalty: of the squared weights, scikit-learn's 1 / C.
+        labels: `(n,)`, of any number of classes, the last of which is K - 1.
+        features: to classify, `(M, D)`.
+        penalty: of the squared weights, scikit-learn's 1 / C; training goes on to convergence.
     """
     from sklearn.linear_model import LogisticRegression
 
-    if (labels == labels[0]).all():  # scikit-learn wants two classes
-        return labels[:1].cpu().expand(len(features))
+    present = labels.unique().cpu()
+    probabilities = torch.zeros(len(features), int(present[-1]) + 1)
+    if len(present) == 1:  # scikit-learn wants two classes
+        probabilities[:, present] = 1
+        return probabilities
     known, features = (scale_to_same_length(part) for part in (known, features))
     model = LogisticRegression(C=1 / penalty, max_iter=2000)
     model.fit(known.cpu().numpy(), labels.cpu().numpy())
-    return torch.from_numpy(model.predict(features.cpu().numpy()))
+    found = model.predict_proba(features.cpu().numpy())  # (M, classes that are present)
+    probabilities[:, present] = torch.from_numpy(found).float()
+    return probabilities
 
 
 def scale_to_same_length(features: Tensor) -> Tensor:

@@ -432,7 +432,7 @@ def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, us
     chosen = datasets.draw_labels(data.train.labels, 20, (config.seed, 0))
     labels = data.train.labels[chosen]
     train, test = (torch.cat([part[k] for part in parts[:2]], 1) for k in ("train", "test"))
-    predictions = functions.logistic_regression(train[chosen], labels, test)
+    predictions = functions.logistic_regression(train[chosen], labels, test).argmax(1)
     assert rows["linear", "all 2 runs"] == functions.accuracy(predictions, data.test.labels)
     pairs = [(part["train"], part["test"]) for part in parts]
     found = graphs.find_neighbourhood(pairs, config.neighbours, False)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
+import classify
 import compare
 import embed
 import functions
@@ -100,8 +101,18 @@ def draw_sheet(path):
     tiles = torch.randint(256, (12, 5, 3, 8, 8), dtype=torch.uint8)
     groups = {"": (tiles[:, :1], None)}
     for head in ("nearest in the folder", "nearest training images"):
-        groups[head] = (tiles, torch.rand(12, 5))
+        groups[head] = (tiles, [["0.123"] * 5] * 12)
     embed.plot_sheet(path, [f"test/{LONG}.png"] * 12, groups, "Neighbours of cifar10-images")
+
+
+def draw_doubts(path):
+    labels = torch.arange(40) % 10
+    images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+    names = np.array([f"{functions.FASHION_MNIST_CLASSES[i]}/{LONG}.png" for i in labels])
+    labelled = embed.Collection(names, images, torch.arange(40), torch.randn(40, 16))
+    found = torch.rand(40, 10).softmax(1)
+    names = functions.FASHION_MNIST_CLASSES
+    classify.plot_labelled(path, labelled, names, labels, found, channels=3)
 
 
 def draw_map(count, spread=1.0, names=functions.FASHION_MNIST_CLASSES):
@@ -145,6 +156,7 @@ PICTURES = {
     "few labels, 4 panels": lambda path: draw_scores(path, 4),
     "audit": draw_audit,
     "contact sheet": draw_sheet,
+    "least likely labels": draw_doubts,
     "map": draw_map(10),
     "map with long names": draw_map(20, 0.01, LONG_NAMES),
     "map with many names": draw_map(60, 1, LONG_NAMES),

@@ -259,6 +259,20 @@ def test_the_winners_of_the_sweeps_are_what_was_measured():
             )
 
 
+def test_the_classes_of_small_folders_are_what_was_measured():
+    parts = (ROOT / "docs/results/folder-labels.txt").read_text().split("$ ")[1:]
+    said = table("docs/own_images.md", "all in `docs/results/folder-labels.txt`):")
+    for data, part in zip(("FashionMNIST", "CIFAR-10"), parts, strict=True):
+        _, head, *lines = part.splitlines()
+        names = head.split(": ")[1].split(", ")
+        places = names.index("logistic regression"), names.index("spreading 20 0.9")
+        for row, line in zip(said, lines, strict=True):
+            counts, scores = line.split(": ")
+            assert counts == f"{row['images']}, {row['labels of each class']}"
+            shown = row[f"{data}: logistic regression"], row[f"{data}: label spreading"]
+            assert shown == tuple(scores.split(", ")[place] for place in places)
+
+
 def test_the_speed_table_says_what_was_measured():
     command = [sys.executable, str(ROOT / "benchmarks/table.py")]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
