@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import normalize, scale
+from sklearn.preprocessing import StandardScaler, normalize
 
 import classify
 import functions
@@ -79,7 +79,8 @@ def test_the_classes_are_scikit_learns(encoder, folders, digits, tmp_path):
     first = next(i for i in range(60) if digits.train.labels[i] == 0)
     positions = [first if path.stem == "wrong" else int(path.stem) for path in known]
     features = features_of(encoder, digits, [*positions, *range(60, 160)])
-    features = normalize(scale(features)) * np.sqrt(features.shape[1])
+    features = StandardScaler().fit_transform(features[:, features.std(0) > 1e-6])
+    features = normalize(features) * np.sqrt(encoder[1].num_features)
     model = LogisticRegression(max_iter=2000).fit(features[:60], [p.parent.name for p in known])
     assert [row["class"] for row in rows] == model.predict(features[60:]).tolist()
     expected = model.predict_proba(features[60:]).max(1)
