@@ -50,6 +50,49 @@ def test_the_citation_names_the_licence_and_its_holder():
     assert citation["authors"] == [{"name": holder}]
 
 
+# ------------------------------------------------------------------------------ installation
+
+# Stands for Python, and for that of the environment: writes down what is asked of its modules.
+FAKE_PYTHON = """#!/bin/sh
+[ "$1" = -m ] || exit 0
+echo "$2 $3 $(for last; do :; done; echo "$last")" >> calls
+case "$2 $3" in
+"venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"pip config") printf "$PIP_SETTINGS" ;;
+"uv pip") exit "$UV_CODE" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("pip_settings", "uv_code", "installed_by"),
+    [
+        ("", 0, ["uv"]),
+        ("global.timeout='60'\n", 0, ["uv"]),
+        ("global.index-url='https://mine'\n", 0, ["pip"]),
+        ("global.find-links='/wheels'\n", 0, ["pip"]),
+        ("install.constraint='versions.txt'\n", 0, ["pip"]),
+        ("", 1, ["uv", "pip"]),
+    ],
+)
+def test_uv_installs_unless_pip_is_told_from_where_or_uv_fails(
+    tmp_path, pip_settings, uv_code, installed_by
+):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PIP_SETTINGS": pip_settings}
+    environment["UV_CODE"] = str(uv_code)
+    subprocess.run(
+        ["make", "install", f"PYTHON={python}"], cwd=tmp_path, env=environment, check=True
+    )
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [module for module, _, last in calls if last == "requirements.txt"] == installed_by
+    assert (tmp_path / ".venv" / "installed").exists()
+
+
 # ---------------------------------------------------------------------------------- workflow
 
 
