@@ -59,6 +59,7 @@ def load_images(
     image_size: int = 32,
     download_url: str | None = None,
     rules: decoding.PixelRules | None = None,
+    unlabelled: bool = False,
 ) -> datasets.ImageData:
     """Load a data set into one uint8 tensor per split.
 
@@ -70,6 +71,7 @@ def load_images(
         image_size: side to which a folder's images are resized (shorter side, then centre crop).
         download_url: another address for the archive; its MD5 is checked all the same.
         rules: how a folder's files become pixels; None for 8 bits in colour, and what is chosen.
+        unlabelled: take all images below a folder, at any depth, without labels.
 
     Raises:
         UserError: unknown name, no network, a wrong MD5, or a folder that cannot be used.
@@ -82,8 +84,9 @@ def load_images(
     }
     if name_or_path in builtin:
         require(
-            rules.channels is None and rules.value_range is None,
-            f"--channels and --value-range are for a folder of images, not for {name_or_path}",
+            rules.channels is None and rules.value_range is None and not unlabelled,
+            "--channels, --value-range and --unlabelled are for a folder of images, not for "
+            f"{name_or_path}",
         )
         return builtin[name_or_path]().with_statistics()
     folder = os.path.expanduser(name_or_path)
@@ -91,13 +94,19 @@ def load_images(
     # os.path's tests, unlike pathlib's, take any string
     require(os.path.exists(folder), f"unknown data set or missing folder {folder!r}; use {known}")
     require(os.path.isdir(folder), f"{folder} is a file, not a folder of images")
-    return folders.load_folder(Path(folder), Path(data_dir), image_size, rules).with_statistics()
+    data = folders.load_folder(Path(folder), Path(data_dir), image_size, rules, unlabelled)
+    return data.with_statistics()
 
 
 def load_dataset(config: settings.RunConfig) -> datasets.ImageData:
     """The data set that a script's settings name, as `load_images` loads it."""
     return load_images(
-        config.dataset, config.data_dir, config.image_size, config.download_url, config.pixel_rules
+        config.dataset,
+        config.data_dir,
+        config.image_size,
+        config.download_url,
+        config.pixel_rules,
+        config.unlabelled,
     )
 
 

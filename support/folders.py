@@ -28,7 +28,11 @@ CACHE_VERSION = 3  # raise it when decoding changes
 
 
 def load_folder(
-    folder: Path, data_dir: Path, image_size: int, rules: decoding.PixelRules
+    folder: Path,
+    data_dir: Path,
+    image_size: int,
+    rules: decoding.PixelRules,
+    unlabelled: bool = False,
 ) -> datasets.ImageData:
     """A folder of images as a data set, without the statistics that `with_statistics` adds.
 
@@ -38,12 +42,13 @@ def load_folder(
         data_dir: where the cache of the decoded images is kept.
         image_size: side to which they are resized (shorter side, then centre crop).
         rules: how files become pixels; a range that they leave open is that of the training images.
+        unlabelled: take all images, in folders of any depth, without labels.
 
     Raises:
         UserError: it has another layout, or holds what cannot be read.
     """
     try:
-        names = [path.name for path in subfolders(folder)]
+        names = [] if unlabelled else [path.name for path in subfolders(folder)]
         # `train` may also be the name of a class: then it holds images and has neighbours.
         is_split = "train" in names and (
             set(names) <= {"train", "test"} or bool(subfolders(folder / "train"))
@@ -56,8 +61,8 @@ def load_folder(
         )
         train_folder = folder / "train" if is_split else folder
         test_folder = folder / "test" if is_split and "test" in names else None
-        classes = [p.name for p in subfolders(train_folder)]
-        loose = image_files(train_folder, rules.suffixes, recursive=False)
+        classes = [] if unlabelled else [p.name for p in subfolders(train_folder)]
+        loose = image_files(train_folder, rules.suffixes, recursive=unlabelled)
         if not classes:
             require(bool(loose), f"{train_folder} holds no images{_npy_hint(train_folder, rules)}")
             images, value_range = decode_folder(loose, train_folder, data_dir, image_size, rules)
@@ -66,12 +71,13 @@ def load_folder(
         require(
             not loose,
             f"{train_folder} holds both class folders and {len(loose)} loose images such as "
-            f"{loose[0].name if loose else ''}: put each image into a class folder",
+            f"{loose[0].name if loose else ''}: put each image into a class folder, or take all "
+            "without labels: --unlabelled",
         )
         require(
             len(classes) > 1,
-            f"{train_folder} has one class only ({classes[0]}): it takes two or more, or images "
-            "without a sub-folder to train without labels",
+            f"{train_folder} has one class only ({classes[0]}): it takes two or more, or "
+            "--unlabelled to train without labels",
         )
         paths, labels = labelled_files(train_folder, classes, rules)
         count = len(paths)

@@ -14,8 +14,8 @@ PROTOCOLS = {
     "linear_probe_accuracy": "Linear probe: {}; a linear layer, trained with Adam on the frozen, "
     "standardised features and the labels of all training images",
     "pixel_probe_accuracy": "Linear probe on raw pixels, without the encoder: {}",
-    "knn_accuracy": "kNN: {}; weighted vote of the 200 training images with the most similar "
-    "features, by cosine",
+    "knn_accuracy": "kNN: {}; weighted vote of the 200 training images, or all if there are "
+    "fewer, with the most similar features, by cosine",
     "few_label_accuracy_encoder": "Few labels: {}; logistic regression on the frozen features",
     "few_label_accuracy_pixels": "Few labels on raw pixels, without the encoder: {}",
     "finetune_accuracy": "Fine-tuned with the labels of all training images: {}; the encoder here "
@@ -23,7 +23,6 @@ PROTOCOLS = {
 }
 
 CARD = """---
-license: mit
 library_name: pytorch
 pipeline_tag: image-feature-extraction
 tags:
@@ -40,7 +39,7 @@ An encoder, {architecture}, with {parameters:,} parameters, trained without labe
 
 - Data: {data}, {images:,} images, without their labels
 - Command: `{command}`
-- {epochs} epochs in batches of {batch_size}: {time} on {hardware}, in {precision}
+- {epochs} in batches of {batch_size}: {time} on {hardware}, in {precision}
 - Code: commit {commit}, {versions}
 - Verdict: {verdict}
 
@@ -65,8 +64,8 @@ features = encoder(images)  # (B, {channels}, {side}, {side}) -> (B, {features})
 
 - It is meant for research on small images; how good it is on other data is not known.
 - The numbers are those of one training, with seed {seed}; other seeds give others.
-- The license above is that of the code. That of the training images is for those to observe who
-  use the weights.
+- The code is under the MIT license. Whoever publishes the weights chooses theirs, and observes
+  that of the training images.
 """
 
 
@@ -112,7 +111,7 @@ def write_card(folder: Path, config_class: Any, data: datasets.ImageData, encode
         data=data.name,
         images=len(data.train),
         command=shlex.join(command),
-        epochs=record["epochs"],
+        epochs=f"{record['epochs']} epoch{'s' if record['epochs'] > 1 else ''}",
         batch_size=record["batch_size"],
         time=numbers["pretrain_seconds"],
         hardware=record.get("hardware"),

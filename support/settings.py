@@ -67,6 +67,9 @@ class RunConfig:
         "first: of a file with several images (pages, frames) take the first",
         before="first",
     )
+    unlabelled: bool = setting(
+        False, "data", "take all images below the folder, whose folders are then no classes"
+    )
     download_url: str | None = setting(
         None, "data", "another address of the data set's archive (same MD5 check)"
     )

@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 import embed
 import functions
 import simclr
-from support import checkpoints, datasets, devices, encoders, files, frozen, settings
+from support import checkpoints, datasets, decoding, devices, encoders, files, frozen, settings
 
 
 def write_digits(folder, split, positions):
@@ -525,6 +525,18 @@ def test_training_images_that_are_gone_are_left_out(trained, tmp_path, capsys, r
     (line,) = [s for s in capsys.readouterr().out.splitlines() if "are left out" in s]
     assert word in line
     assert {row["where"] for row in found.neighbours} == {"folder"}
+
+
+def test_training_images_without_labels_are_those_of_all_folders(trained, tmp_path, capsys):
+    rules = decoding.PixelRules(channels=1)
+    where = (str(trained.images), tmp_path / "data", 8, None, rules)
+    data = functions.load_images(*where, unlabelled=True)
+    record = {"dataset": where[0], "image_size": 8, "channels": 1, "unlabelled": True}
+    run = copy_without(trained, tmp_path / "run", **record, data=data.fingerprint())
+    found = start(run, trained.images, tmp_path / "out")
+    assert "are left out" not in capsys.readouterr().out
+    for row in found.images:
+        assert row["training_neighbour"] == row["path"]
 
 
 @pytest.mark.parametrize("record", [{"model": ["ResNet"]}, {"dataset": 5, "image_size": 8}])

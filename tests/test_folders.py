@@ -79,6 +79,22 @@ def test_flat_folder_has_no_labels(tmp_path, layout):
     assert data.classes == ()
 
 
+def test_unlabelled_folders_are_no_classes(tmp_path, user_error):
+    names = ["loose.png", "one/0.png", "train/deep/er/1.png", "test/2.png", "val/x/3.png"]
+    made = make_folder(tmp_path / "in", *names)
+    (tmp_path / "empty").mkdir()
+    with user_error("val beside train"):
+        functions.load_images(str(tmp_path / "in"), tmp_path / "data", 8)
+    data = functions.load_images(str(tmp_path / "in"), tmp_path / "data", 8, unlabelled=True)
+    assert sorted(names_of(data.train, made)) == sorted(names)
+    assert names_of(data.train, made) == data.train.paths.tolist()
+    assert (data.train.labels, data.test, data.classes) == (None, None, ())
+    with user_error("empty", "no images"):
+        functions.load_images(str(tmp_path / "empty"), tmp_path / "data", unlabelled=True)
+    with user_error("--unlabelled", "digits"):
+        functions.load_images("digits", unlabelled=True)
+
+
 def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path):
     wanted = [f"a/deep/er/{i}.png" for i in range(3)] + ["a/b/0.PNG", "a/1.png"]
     wanted += [f"b/{i}.bmp" for i in range(5)]
@@ -203,7 +219,7 @@ MISTAKES = {
     "empty": (["in/"], ["in", "no images"]),
     "no images": (["in/notes.txt"], ["in", "no images"]),
     "empty train": (["in/train/", "in/test/a/0.png"], ["train", "no images"]),
-    "one class": ([f"in/cat/{i}.png" for i in range(9)], ["in", "cat"]),
+    "one class": ([f"in/cat/{i}.png" for i in range(9)], ["in", "cat", "--unlabelled"]),
     "one class to train": (["in/train/cat/0.png", "in/test/cat/0.png"], ["train", "cat"]),
     "empty class": (["in/cat/0.png", "in/dog/"], ["dog"]),
     "empty test class": (
@@ -213,7 +229,7 @@ MISTAKES = {
     "no test class": (["in/train/cat/0.png", "in/train/dog/0.png", "in/test/"], ["test"]),
     "loose images": (
         ["in/cat/0.png", "in/dog/0.png", "in/a.png", "in/b.png"],
-        ["in", "2", "a.png"],
+        ["in", "2", "a.png", "--unlabelled"],
     ),
     "unknown test class": (
         ["in/train/cat/0.png", "in/train/dog/0.png", "in/test/cow/0.png"],

@@ -63,7 +63,7 @@ def test_the_card_says_what_the_encoder_is_and_how_it_was_made(digits):
         assert fact in digits.text
     for name in ("torch", "numpy"):
         assert f"{name} {importlib.metadata.version(name)}" in digits.text
-    assert "1 epochs in batches of 256" in digits.text
+    assert "- 1 epoch in batches of 256" in digits.text
     assert "in float32" in digits.text
     (command,) = re.findall(r"^- Command: `python simclr.py (.*)`$", digits.text, re.MULTILINE)
     again = settings.parse_config(simclr.Config, shlex.split(command), "")
@@ -73,7 +73,6 @@ def test_the_card_says_what_the_encoder_is_and_how_it_was_made(digits):
 def test_a_model_hub_reads_the_front_matter(digits):
     card = huggingface_hub.ModelCard(digits.text)
     assert card.data.to_dict() == {
-        "license": "mit",
         "library_name": "pytorch",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["self-supervised-learning", "simclr"],
