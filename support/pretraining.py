@@ -594,13 +594,19 @@ def run_experiment(
         except (LookupError, TypeError, ValueError) as error:
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
+        if "knn_accuracy" in summary and len(data.test) < 1000:
+            points = 100 / math.sqrt(len(data.test))  # two standard errors, at most
+            print(f"of {len(data.test)} test images an accuracy is known to ± {points:.0f} points")
         if data.classes:
             words = ["few_labels.py", str(run.folder)]
             words += ["--methods", "mean,linear,spreading"]  # those that take seconds
             if config.evaluate_on == "validation":
                 words += ["--evaluate-on", "validation"]
             print("What it buys when few images have labels:")
-            print("  python", shlex.join(words))
+        else:
+            words = ["embed.py", str(run.folder), config.dataset]
+            print("What it sees in them:")
+        print("  python", shlex.join(words))
     return summary
 
 

@@ -815,6 +815,23 @@ def test_without_labels_the_map_alone_is_made(tmp_path, capsys):
     assert done == ["embed"]
     assert "first is skipped: it needs labels, and noise has none" in printed
     assert "second is skipped: it needs labels" in printed
+    folder = tmp_path / "tiny" / "run"
+    assert printed.splitlines()[-2:] == [
+        "What it sees in them:",
+        f"  python embed.py {folder} {config.dataset}",
+    ]
+
+
+@pytest.mark.parametrize("tested", [16, 1000])
+def test_few_test_images_are_said_to_tell_little(tmp_path, capsys, tested):
+    data = make_data()
+    test = data.test.select(torch.arange(tested) % len(data.test))
+    config = make_config(tmp_path, stages="pretrain,first")
+    stages = {"first": lambda *arguments: {"knn_accuracy": 0.5}}
+    experiment(config, dataclasses.replace(data, test=test), stages)
+    error = np.random.default_rng(0).binomial(tested, 0.5, 100_000).std() / tested
+    line = f"of {tested} test images an accuracy is known to ± {200 * error:.0f} points\n"
+    assert (line in capsys.readouterr().out) == (tested == 16)
 
 
 @pytest.mark.parametrize(
