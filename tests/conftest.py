@@ -1,8 +1,10 @@
 import contextlib
 import os
 import resource
+import runpy
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -50,6 +52,28 @@ def signals():
     signal.signal(signal.SIGUSR1, user)
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, interrupt)
+
+
+@pytest.fixture
+def run_here(signals):
+    """Stands in for `subprocess.run` of a script: this process has PyTorch, a new one imports it.
+
+    The file runs as `__main__` with its flags, so nothing but the new process is left out.
+    """
+
+    def run(command):
+        interpreter, *words = command
+        assert interpreter == sys.executable
+        code = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            try:
+                runpy.run_path(words[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+        return subprocess.CompletedProcess(command, code)
+
+    return run
 
 
 @pytest.fixture

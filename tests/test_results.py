@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reproduce
@@ -359,7 +360,7 @@ def is_sweep(path):
     return (path.parent / "best.json").exists()
 
 
-def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
+def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys, run_here):
     # A short result of a version whose default of --patience was another, and without --dropout.
     result = {"script": "rnn", "dataset": "digits", "cells": "rnn", "epochs": 1, "seed": 7}
     result |= {"patience": 3, "train_fraction": 0.1, "name": "then", "output_dir": "elsewhere"}
@@ -370,12 +371,14 @@ def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
     (committed / "metrics.csv").write_text("cell,epoch\nrnn,1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "RESULTS", committed.parent)
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
     folder = tmp_path / "results" / "rnn" / "reproduced-old"
     for way in ("--patience 3", "--resume"):  # the second time everything is done
         monkeypatch.setattr(sys, "argv", ["reproduce.py", "old", "--device", "cpu"])
         reproduce.main()
         said = capsys.readouterr().out
-        assert way in said
+        (command,) = [line for line in said.splitlines() if line.startswith("python ")]
+        assert way in command
         assert "DIFFERS" in said  # one epoch on a tenth of the images does not get 99.9 %
     config = json.loads((folder / "config.json").read_text())
     assert (config["seed"], config["patience"], config["device"]) == (7, 3, "cpu")
@@ -388,7 +391,7 @@ def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys):
     assert "error: name one of old" in capsys.readouterr().err
     # A run that fails ends it, with the script's exit code.
     failed = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(subprocess, "run", lambda command: failed)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command: failed)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "old"])
     with pytest.raises(SystemExit) as caught:
         reproduce.main()
