@@ -15,7 +15,7 @@ from support.errors import UserError
 
 # The files that take longest: a worker that began one of them last would leave the other idle.
 LONG = ("notebook", "few_labels", "rnn_hyperparameter_tune", "sweep", "distributed")
-LONG += ("simclr_hyperparameter_tune", "pilots", "embed", "simclr", "moco", "simsiam")
+LONG += ("simclr_hyperparameter_tune", "functions", "embed", "simclr", "moco", "simsiam")
 
 
 def pytest_collection_modifyitems(items):
