@@ -1,19 +1,20 @@
-"""A finished encoder on any folder of images: features, a map, neighbours, near-duplicates.
+"""A finished encoder on any folder of images: features, map, groups, neighbours, near-duplicates.
 
-    python embed.py results/simclr/NAME path/to/folder
+    python embed.py results/simclr/NAME path/to/folder --groups 8
     python embed.py encoder.safetensors path/to/folder --duplicates 0.98 --output found
 
 Takes a finished run of simclr.py, simsiam.py or moco.py, or its `encoder.safetensors` alone, and
 all images below a folder. Writes `features.npz`, `images.csv`, `neighbours.csv`, `neighbours.png`
-and `embedding.html`. Similarity is the cosine between the features of two images, which are those
-that the run's own evaluation would give them on the same kind of processor. A file that cannot be
-read is named and passed over.
+and `embedding.html`, and with `--groups` `groups.png`. Similarity is the cosine between the
+features of two images, which are those that the run's own evaluation would give them on the same
+kind of processor. A file that cannot be read is named and passed over.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from support.settings import Parser
 MAPPED = 10_000  # images, as in evaluation.images_to_map
 COLUMNS = (
     *("path", "class", "probability", "x", "y", "neighbour", "similarity"),
-    *("training_neighbour", "training_similarity", "duplicate_of"),
+    *("training_neighbour", "training_similarity", "duplicate_of", "group"),
 )
 
 
@@ -147,6 +148,42 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
     return Collection(names, data.train.images, rows, features)
 
 
+def group_images(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Group standardised features `(N, D)` by k-means, scaled to the same length.
+
+    Args:
+        features: to group.
+        count: of groups.
+        seed: of the starts, of which the best of five counts.
+
+    Returns:
+        The group `(N,)` of each, 0 the largest, and the distance `(N,)` to its centre.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    model = KMeans(count, n_init=5, random_state=seed % 2**32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than groups
+        distances = model.fit_transform(functions.scale_to_same_length(features).numpy())  # (N, K)
+    labels = torch.from_numpy(model.labels_).long()
+    order = labels.bincount(minlength=count).argsort(descending=True, stable=True)
+    return order.argsort()[labels], torch.from_numpy(distances.min(1))
+
+
+def plot_groups(
+    path: Path, mine: Collection, groups: Tensor, distances: Tensor, channels: int, title: str
+) -> None:
+    """Draw the dozen largest groups, each by the images nearest to its centre."""
+    tiles, names = [], []
+    for group in groups.unique()[:12].tolist():
+        members = (groups == group).nonzero()[:, 0]
+        nearest = members[distances[members].argsort(stable=True)[:11]]
+        tiles.append(mine.tiles(nearest, channels, 96))
+        names.append(f"group {group + 1}: {len(members):,} images")
+    plot_sheet(path, names, {"nearest to the centre": (tiles, None)}, title)
+
+
 def neighbour_rows(mine: Collection, near: dict[str, Near]) -> Iterator[dict[str, Any]]:
     """The rows of `neighbours.csv`, nearest first."""
     for i, name in enumerate(mine.names):
@@ -226,6 +263,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--neighbours", type=int, default=5, metavar="N", help=text)
     text = "similarity from which on two images are called near-duplicates [0.99]"
     add("--duplicates", type=float, default=0.99, metavar="X", help=text)
+    text = "groups to divide the images into, by k-means [none]"
+    add("--groups", type=int, metavar="K", help=text)
     text = "look for neighbours among the run's training images, too [yes]"
     add("--training", action=argparse.BooleanOptionalAction, default=True, help=text)
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
@@ -234,6 +273,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     good = 1 <= parsed.neighbours <= 1000
     require(good, f"--neighbours must be in [1, 1000], not {parsed.neighbours}")
+    require(parsed.groups is None or parsed.groups >= 2, "--groups must be at least 2")
     require(0 < parsed.duplicates <= 1, f"--duplicates must be in (0, 1], not {parsed.duplicates}")
     require(parsed.folder.is_dir(), f"there is no folder {parsed.folder}")
     return parsed
@@ -253,6 +293,8 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     files.check_new_folder(output)
     data_dir = parsed.data_dir or Path(encoder.record.get("data_dir", "data"))
     mine = read_folder(encoder, parsed.folder, data_dir, parsed.strict)
+    few = f"--groups {parsed.groups} takes as many images, not {len(mine.names)}"
+    require(parsed.groups is None or parsed.groups <= len(mine.names), few)
     training = read_training(encoder, data_dir) if parsed.training else None
     count, title = len(mine.names), f"{len(mine.names):,} images of {name} by {encoder.name}"
     arrays = {"features": mine.features.numpy(), "paths": mine.names}
@@ -282,10 +324,14 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
             table[f"{prefix}neighbour"] = found.names[index[:, 0].numpy()]
             table[f"{prefix}similarity"] = [f"{value:.5f}" for value in similarity[:, 0]]
 
+    seed = int(encoder.record.get("seed", 0))
+    if parsed.groups is not None:
+        mean, std = functions.feature_statistics(mine.features)
+        groups, distances = group_images((mine.features - mean) / std, parsed.groups, seed)
+        table["group"] = (groups + 1).tolist()
     coordinates = np.full((count, 2), np.nan, np.float32)
     mapped = functions.fixed_permutation(count)[:MAPPED].sort().values
     if count >= 5:
-        seed = int(encoder.record.get("seed", 0))
         coordinates[mapped] = functions.project_2d(mine.features[mapped], "tsne", seed)
     else:
         print(f"There is no map: it takes at least 5 images, not {count}")
@@ -300,20 +346,26 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     files.write_csv(output / "neighbours.csv", neighbour_rows(mine, near), columns)
     channels = len(encoder.mean)
     plot_neighbours(output / "neighbours.png", mine, near, channels, f"Neighbours of {title}")
+    if parsed.groups is not None:
+        plot_groups(output / "groups.png", mine, groups, distances, channels, f"Groups of {title}")
     if count >= 5 and runs.has_package("plotly", "plotly", "embedding.html"):
         shown = near["folder"][2][:, :5]  # (N, k)
         if len(mapped) < count:
             shown = page.nearest(mine.features[mapped])
-        by = ", coloured by the linear probe's class" if encoder.probe else ""
+        labels, names, by = classes, encoder.classes, "the linear probe's class"
+        if labels is None and parsed.groups is not None:
+            labels, by = groups, "group"
+            names = tuple(f"group {i + 1}" for i in range(parsed.groups))
+        by = "" if labels is None else f", coloured by {by}"
         page.write_page(
             output / "embedding.html",
             coordinates=coordinates[mapped.numpy()],
             images=mine.tiles(mapped, channels, page.TILE),
             names=mine.names[mapped.numpy()],
             neighbours=shown,
-            labels=None if classes is None else classes[mapped].numpy(),
-            classes=encoder.classes or ("images",),
-            colors=figures.class_colors(len(encoder.classes)) or [figures.TRAIN_COLOR],
+            labels=None if labels is None else labels[mapped].numpy(),
+            classes=names or ("images",),
+            colors=figures.class_colors(len(names)) or [figures.TRAIN_COLOR],
             predictions=None,
             title=f"t-SNE of {title}{by}",
         )
@@ -324,7 +376,7 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     if training is not None:
         likest = near["training"][1][:, 0]
         seen = int((likest >= parsed.duplicates - neighbours.ROUNDING).sum())
-        print(f"  of training images  {seen:,}")
+        print(f"  of training images  {seen:,} (an image that is one of them counts, too)")
     runs.print_folder(output)
     return counts
 

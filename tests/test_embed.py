@@ -452,6 +452,35 @@ def test_folder_in_which_nothing_can_be_read_is_named(colour_file, mixed, tmp_pa
         start(colour_file, mixed, tmp_path / "out")
 
 
+# ---------------------------------------------------------------------------------- groups
+
+
+def test_groups_are_those_that_lie_apart_the_largest_first():
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.tensor([2] * 10 + [0] * 30 + [1] * 20)
+    centres = 3 * torch.randn(3, 16, generator=draw)
+    features = centres[truth] + torch.randn(60, 16, generator=draw) / 4
+    groups, distances = embed.group_images(features, 3, seed=2**40)
+    assert torch.equal(groups, truth)
+    scaled = features / features.norm(dim=1, keepdim=True) * 4
+    for i in range(60):
+        centre = scaled[truth == truth[i]].mean(0)
+        assert distances[i] == pytest.approx((scaled[i] - centre).norm().item(), abs=1e-3)
+
+
+def test_each_image_has_a_group_and_the_map_shows_it(trained, colour_file, tmp_path):
+    found = start(trained.run, trained.images, tmp_path / "out", "--groups", "3")
+    sizes = [[int(row["group"]) for row in found.images].count(group) for group in (1, 2, 3)]
+    assert sum(sizes) == 45
+    assert sizes == sorted(sizes, reverse=True)
+    assert (tmp_path / "out" / "groups.png").exists()
+    page = tmp_path / "out" / "embedding.html"
+    assert "coloured by the linear probe" in page.read_text(encoding="utf-8")
+    start(colour_file, trained.images, tmp_path / "bare", "--groups", "3")
+    page = tmp_path / "bare" / "embedding.html"
+    assert "coloured by group" in page.read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------------- few and alike
 
 
@@ -480,8 +509,9 @@ def test_copies_of_one_image_stand_at_one_point(colour_file, tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(6):
         Image.new("RGB", (16, 16), TEAL).save(tmp_path / "in" / f"{i}.png")
-    found = start(colour_file, tmp_path / "in", tmp_path / "out")
+    found = start(colour_file, tmp_path / "in", tmp_path / "out", "--groups", "2")
     assert not found.arrays["coordinates"].any()
+    assert {row["group"] for row in found.images} == {"1"}
     assert [row["duplicate_of"] for row in found.images] == ["", *["0.png"] * 5]
 
 
@@ -620,6 +650,8 @@ def test_mistakes_get_a_line(trained, tmp_path, user_error, monkeypatch):
         (("full/mine.txt",), images, ("--output", "full/mine.txt")),
         (("cannot write full/mine.txt/a",), images, ("--output", "full/mine.txt/a")),
         (("--neighbours", "0"), images, ("--neighbours", "0")),
+        (("--groups", "at least 2"), images, ("--groups", "1")),
+        (("--groups 46", "not 45"), images, ("--groups", "46")),
         (("--duplicates", "1.5"), images, ("--duplicates", "1.5")),
         (("--duplicates", "nan"), images, ("--duplicates", "nan")),
         (("--what",), images, ("--what",)),
