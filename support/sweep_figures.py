@@ -104,11 +104,14 @@ def plot_intermediate_values(
     """What trials reported, epoch by epoch; a line is a trial."""
     with figures.new_figure(path, title) as figure:
         axes = figure.subplots()
+        first = {trial.state.name: trial for trial in reversed(trials)}  # stands for its state
         for trial in trials:
             epochs = [step + 1 for step in trial.intermediate_values]
             values = [min(cap, value) for value in trial.intermediate_values.values()]
-            look = {"color": STATE_COLORS[trial.state.name], "label": trial.state.name.lower()}
-            axes.plot(epochs, values, marker=".", alpha=0.5, linewidth=1, **look)
+            state = trial.state.name
+            label = state.lower() if trial is first[state] else None
+            look = {"color": STATE_COLORS[state], "alpha": 0.5, "linewidth": 1}
+            axes.plot(epochs, values, marker=".", label=label, **look)
         figures.label_axes(axes, "epoch", value_name)
         figures.add_legend(figure)
 

@@ -394,6 +394,14 @@ def test_the_setting_that_matters_has_the_longest_bar(tmp_path, drawn):
     assert sum(widths) == pytest.approx(100)
 
 
+def test_a_state_of_many_trials_is_in_the_legend_once(tmp_path, drawn):
+    draw_sweep(tmp_path / "a", count=12)
+    for name in ("optimization_history", "timeline", "intermediate_values"):
+        texts = [text.get_text() for text in drawn[name].legends[0].get_texts()]
+        assert sorted({*texts} - {"best so far"}) == ["complete", "pruned"]
+        assert len(texts) == len({*texts})
+
+
 def test_a_trial_that_still_runs_is_in_no_picture(tmp_path, drawn):
     study = make_study(tune.SPACE, count=8)
     running = study.ask()
