@@ -219,7 +219,10 @@ def uniformity(z: Tensor, most: int = 2048) -> float:
     Of normalised embeddings `(B, D)` of different images, the first `most` of them: 0 when all are
     equal, near -4 on a sphere of many dimensions.
     """
-    return F.pdist(z[:most]).square().mul(-2).exp().mean().log().item()
+    z = z[:most]
+    if z.device.type == "mps":  # PyTorch has no pdist for Apple's GPUs
+        z = z.cpu()
+    return F.pdist(z).square().mul(-2).exp().mean().log().item()
 
 
 def view_correlation(one: Tensor, two: Tensor, most: int = 512) -> float:

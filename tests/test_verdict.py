@@ -54,6 +54,24 @@ def test_uniformity_equals_a_double_loop():
     assert verdict.uniformity(torch.ones(4, 3)) == 0
 
 
+class OnAppleGpu(torch.Tensor):
+    """As on one: there is no pdist."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.pdist:
+            raise NotImplementedError("aten::_pdist_forward is not implemented for the MPS device")
+        result = super().__torch_function__(function, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
+
+
+def test_uniformity_is_known_on_an_apple_gpu():
+    z = normal(9, 6)
+    assert verdict.uniformity(z.as_subclass(OnAppleGpu)) == verdict.uniformity(z)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_the_image_share_is_that_of_the_variance(share):
     image, noise = normal(1, 4000, 64), normal(3, 4000, 64).flip(2)
