@@ -556,12 +556,15 @@ class Worker:
         self.trial: Any = None
         self.idle = False  # It still has to load its data.
         # Ctrl-C in a terminal reaches all processes; the one with the study answers for all.
-        multiprocessing.resource_tracker.ensure_running()  # Its start would lift the block.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        can_block = hasattr(signal, "pthread_sigmask")  # Windows cannot.
+        if can_block:
+            multiprocessing.resource_tracker.ensure_running()  # Its start would lift the block.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             self.process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         theirs.close()
 
     def begin(self, trial: optuna.Trial) -> None:

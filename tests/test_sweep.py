@@ -227,6 +227,18 @@ def test_workers_share_the_trials_exactly(tmp_path, capsys):
     assert [line.split()[0] for line in lines] == [f"{n}/7" for n in range(1, 8)]
 
 
+def test_a_worker_is_started_where_signals_cannot_be_blocked(monkeypatch):
+    """As on Windows."""
+    started = []
+    process = SimpleNamespace(start=lambda: started.append(True))
+    spawn = multiprocessing.context.SpawnContext
+    monkeypatch.setattr(spawn, "Process", lambda *_, **__: process)
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    worker = sweep.Worker(make_parabola, 1)
+    assert started
+    assert worker.trial is None
+
+
 def test_a_killed_worker_is_replaced_and_its_trial_run_again(tmp_path):
     make = functools.partial(make_suicide, tmp_path / "mark")
     trials = run(tmp_path, make, trials=5, workers=2)
