@@ -263,20 +263,21 @@ def _decode_cached(job: _Job, data_dir: Path) -> tuple[Tensor, dict[int, str], V
         return images, broken, value_range or newer
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for draft in cache.parent.glob(".decoding-*"):  # of a process that was killed
-            if time.time() - draft.stat().st_mtime > 86_400:
-                shutil.rmtree(draft, ignore_errors=True)
+        for left_behind in cache.parent.glob(".decoding-*"):  # by a process that was killed
+            if time.time() - left_behind.stat().st_mtime > 86_400:
+                shutil.rmtree(left_behind, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
             draft = Path(temporary, "images.npy")
-            drafted = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
+            mapped = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
                 with open(draft, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            broken, value_range = _decode_into(drafted, range(len(paths)), job)
-            drafted.flush()
-            record = {"crc32": zlib.crc32(drafted.data), "broken": list(broken)}
+            broken, value_range = _decode_into(mapped, range(len(paths)), job)
+            mapped.flush()
+            record = {"crc32": zlib.crc32(mapped.data), "broken": list(broken)}
             record["value_range"] = value_range
             Path(temporary, "sum.json").write_text(json.dumps(record))
+            del mapped  # Windows renames no file that is mapped
             os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
             os.replace(draft, cache)
     except OSError as error:
@@ -360,8 +361,10 @@ def _decode_into(
         if not rows:
             return
         parts = [rows[i : i + 256] for i in range(0, len(rows), 256)]
+        # A job may have few of the machine's cores, and memory for as many images at a time.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
+            ThreadPoolExecutor(cores) as pool,
             tqdm(total=len(rows), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,
         ):
             for count in pool.map(decode, parts, [rules] * len(parts)):

@@ -680,6 +680,38 @@ def test_two_loads_at_once_leave_a_valid_cache(tmp_path, monkeypatch, kind):
     assert [path.suffix for path in cache_files(tmp_path / "data")] == [".json", ".npy"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot tell what is mapped")
+def test_no_file_is_mapped_when_it_gets_its_name(tmp_path, monkeypatch, capsys):
+    """Windows refuses to rename it then."""
+    replace = os.replace
+
+    def refuse_mapped_files(source, target):
+        if str(source) in Path("/proc/self/maps").read_text():
+            raise PermissionError(13, "the file is in use")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_mapped_files)
+    make_folder(tmp_path / "in", "0.png", "1.png")
+    load_folder(tmp_path / "in", tmp_path / "data")
+    assert "without a cache" not in capsys.readouterr().out
+    assert [path.suffix for path in cache_files(tmp_path / "data")] == [".json", ".npy"]
+
+
+def test_a_job_with_few_of_the_cores_decodes_in_as_few_threads(tmp_path, monkeypatch):
+    asked = []
+
+    def executor(threads):
+        asked.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr(folders, "ThreadPoolExecutor", executor)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 7}, raising=False)
+    make_folder(tmp_path / "in", "0.png", "1.png")
+    load_folder(tmp_path / "in", tmp_path / "data")
+    assert asked == [2]
+
+
 def test_failed_decoding_leaves_nothing(tmp_path, user_error):
     make_folder(tmp_path / "in", "0.png")
     (tmp_path / "in" / "1.png").write_text("no image")
