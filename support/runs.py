@@ -127,9 +127,9 @@ def require_package(module: str, package: str, what: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU PyTorch has no type of its own for it."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    """Whether memory ran out; PyTorch has no type of its own for that of CPUs and Apple's GPUs."""
+    kinds, texts = (MemoryError, torch.OutOfMemoryError), ("DefaultCPUAllocator", "out of memory")
+    return isinstance(error, kinds) or any(text in str(error) for text in texts)
 
 
 def _exit_with(code: int, message: str, error: BaseException) -> typing.NoReturn:

@@ -396,6 +396,20 @@ def throw(error):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate", True),
+        ("MPS backend out of memory (MPS allocated: 8.00 GiB, other allocations: 1 KiB)", True),
+        ("CUDA error: out of memory", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+    ],
+    ids=["a CPU with Windows", "an Apple GPU", "a GPU that others have filled", "a bug"],
+)
+def test_a_lack_of_memory_is_known_wherever_it_is_met(text, expected):
+    assert runs.is_out_of_memory(RuntimeError(text)) == expected
+
+
+@pytest.mark.parametrize(
     ("act", "code", "words"),
     [
         (lambda: None, None, []),
