@@ -54,6 +54,7 @@ def run_tasks(
     if workers == 1:
         yield from map(make_work(), tasks)
         return
+    others = multiprocessing.active_children()  # of a notebook, say
     context = multiprocessing.get_context("spawn")
     executor = futures.ProcessPoolExecutor(workers, context, begin_worker, (workers,))
     try:
@@ -65,7 +66,7 @@ def run_tasks(
             "a worker was killed: if the memory is full, use fewer --workers"
         ) from error
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(others):
             process.kill()
         executor.shutdown(cancel_futures=True)
 

@@ -1,6 +1,11 @@
 import csv
 import dataclasses
+import functools
 import json
+import multiprocessing
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -370,6 +375,27 @@ def make_failing():
 def test_a_mistake_in_a_worker_is_told(user_error):
     with user_error("cannot be done"):
         list(pool.run_tasks(make_failing, [1], 2))
+
+
+def test_workers_end_and_other_processes_do_not(monkeypatch):
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers, *_):
+            super().__init__(workers)
+
+    monkeypatch.setattr(pool.futures, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(pool, "_work", None)
+    sleeper = functools.partial(multiprocessing.get_context("fork").Process, target=time.sleep)
+    other, worker = sleeper(args=(60,)), sleeper(args=(60,))
+    other.start()
+    try:
+        for result in pool.run_tasks(lambda: str, [1], 2):
+            assert result == "1"
+            worker.start()
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGKILL
+        assert other.is_alive()
+    finally:
+        other.kill()
 
 
 @pytest.mark.parametrize("transductive", [False, True])
