@@ -85,9 +85,8 @@ def draw_crop_boxes(
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)  # (B, 1)
     h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    # randint(0, H - h + 1); the product of a draw just below 1 may round up
-    top = torch.minimum((draws[2, :, 0] * (height - h + 1)).floor(), height - h)
-    left = torch.minimum((draws[3, :, 0] * (width - w + 1)).floor(), width - w)
+    top = (draws[2, :, 0] * (height - h + 1)).floor()  # randint(0, H - h + 1)
+    left = (draws[3, :, 0] * (width - w + 1)).floor()
     boxes = torch.stack((top, left, h, w), 1)
     whole_h = min(height, round(width / ratio[0])) if width / height < ratio[0] else height
     whole_w = min(width, round(height * ratio[1])) if width / height > ratio[1] else width

@@ -43,8 +43,7 @@ def draw_randaugment(
         negative: `(count, num_ops)`, bool, whether to flip the magnitude; unsigned ops ignore it.
     """
     draws = augment.uniform_numbers((count, 2, num_ops), generator, "cpu")
-    ops = (draws[:, 0] * len(RANDAUGMENT_OPS)).long().clamp_(max=len(RANDAUGMENT_OPS) - 1)
-    return ops, draws[:, 1] < 0.5
+    return (draws[:, 0] * len(RANDAUGMENT_OPS)).long(), draws[:, 1] < 0.5
 
 
 def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, magnitude: int = 9) -> Tensor:
