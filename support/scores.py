@@ -86,23 +86,24 @@ def find_differences(rows: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]
         draws = cells.setdefault((row["name"], row["labels"]), {})
         draws.setdefault(row["draw"], []).append(row["accuracy"])
 
-    def mean(name: str, draw: int) -> float:
-        draws = cells[name, count]
+    def mean(cell: tuple[str, int], draw: int) -> float:
+        draws = cells[cell]
         return float(np.mean(draws[draw] if len(draws) > 1 else [*draws.values()]))
 
-    def common(*names: str) -> list[int]:
-        drawn = [set(cells[name, count]) for name in names]
+    def common_draws(compared: Sequence[tuple[str, int]]) -> list[int]:
+        drawn = [set(cells[cell]) for cell in compared]
         return sorted(set.intersection(*[draws for draws in drawn if len(draws) > 1] or drawn))
 
     found = []
-    for name, count in cells:
-        others = [rival for rival in sorted(rivals) if (rival, count) in cells]
+    for cell in cells:
+        name, count = cell
+        others = [(rival, count) for rival in sorted(rivals) if (rival, count) in cells]
         if name in rivals or not others:
             continue
-        shared = common(*others)
+        shared = common_draws(others)
         best = max(others, key=lambda rival: np.mean([mean(rival, draw) for draw in shared]))
-        gaps = [mean(name, draw) - mean(best, draw) for draw in common(name, best)]
-        row = {"name": name, "labels": count, "opponent": best, "draws": len(gaps)}
+        gaps = [mean(cell, draw) - mean(best, draw) for draw in common_draws([cell, best])]
+        row = {"name": name, "labels": count, "opponent": best[0], "draws": len(gaps)}
         row |= {"difference": float(np.mean(gaps)), "low": None, "high": None}
         if len(gaps) > 1:
             half = float(stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1))
