@@ -37,7 +37,9 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 10) -> dict[str, 
 
 
 def _call(function: Callable[..., Any], arguments: Sequence[Any], answer: Any) -> None:
-    answer.send((function(*arguments), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+    result = function(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.send((result, peak / (2**30 if sys.platform == "darwin" else 2**20)))  # bytes, or KiB
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -59,23 +61,17 @@ def matrix_peak(device: str, precision: str) -> float:
     """FLOP/s of a product of two 4096 x 4096 matrices, the best of five."""
     import torch
 
+    from support import devices
+
     kind = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     a, b = (torch.randn(4096, 4096, device=device).to(kind) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
         torch.mm(a, b)
-        wait(device)
+        devices.synchronize(a.device)
         best = min(best, time.perf_counter() - began)
     return 2 * 4096**3 / best
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was told to."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def report(title: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
@@ -101,8 +97,8 @@ def processor(device: str) -> str:
 
     from support import devices
 
-    if device == "cuda":
-        words = devices.hardware("cuda")
+    if device != "cpu":
+        words = devices.hardware(device)
     else:
         units = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has none

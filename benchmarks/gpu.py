@@ -21,13 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from common import ROOT
 
-import torch  # noqa: E402
-
-import simclr  # noqa: E402
-from support import devices, pretraining, runs  # noqa: E402
+import simclr
+from support import devices, pretraining, runs
 
 # Relative differences that rounding explains, of the loss and of the gradient as a vector: float32
 # keeps 24 bits, TF32, the default of a GPU's convolutions, 11, bfloat16 8, and the layers add up.

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from common import matrix_peak, report, wait
+from common import matrix_peak, report
 from torch.utils.flop_counter import FlopCounterMode
 
 import simclr
@@ -64,14 +64,15 @@ def main() -> None:
         if batch > arguments.most:
             continue
         config = simclr.Config(encoder=encoder, stem=stem, batch_size=batch)
-        step = make_step(config, size, devices.make_fabric(device, "auto"))
+        fabric = devices.make_fabric(device, "auto")
+        step = make_step(config, size, fabric)
         with FlopCounterMode(display=False) as counter:
             step()
-        wait(device)
+        devices.synchronize(fabric.device)
         steps, began = 0, time.perf_counter()
         while (took := time.perf_counter() - began) < arguments.seconds:
             step()
-            wait(device)
+            devices.synchronize(fabric.device)
             steps += 1
         rate, flops = steps * batch / took, counter.get_total_flops() / batch
         share = f"{rate * flops / peak:.0%}"
