@@ -23,13 +23,13 @@ from typing import Any
 from support import figures, files, scores
 from support.errors import require
 from support.runs import exit_cleanly
-from support.settings import FREE_ON_RESUME, Parser, value_before
+from support.settings import COMPUTED_IN, FREE_ON_RESUME, Parser, value_before
 
 # What config.json says of a run's surroundings, and settings that change no result: `config` is the
 # file that others came from.
 NOT_COMPARED = frozenset(
     {"script", "command", "commit", "versions", "hardware", "threads", "processes", "started"}
-    | {"resumed", "config", "precision_because", "stages"}
+    | {"resumed", "config", "computed_in", "precision_because", "stages"}
     | (FREE_ON_RESUME - {"dataset"})
 )
 # The table's columns: a key of summary.json, and what stands above its numbers.
@@ -83,13 +83,13 @@ def read_run(folder: Path) -> list[Run]:
     require(path.is_file(), f"{folder} has no metrics.csv")
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.readline().strip().split(",")
-    kinds: dict[str, Callable[[str], Any]] = {
-        name: str if name in ("cell", "verdict") else number_or_none for name in head
-    }
-    rows = files.read_csv(path, kinds)
-    require({"epoch"} <= set(head) and bool(rows), f"{path} is damaged: it holds no epochs")
+    kinds: dict[str, Callable[[str], Any]] = {"epoch": files.whole, "cell": str, "verdict": str}
+    rows = files.read_csv(path, {name: kinds.get(name, number_or_none) for name in head})
+    require("epoch" in head and bool(rows), f"{path} is damaged: it holds no epochs")
     script = str(config.get("script", "?"))
     settings = {**settings_before(script), **config}
+    if config.get("computed_in") in COMPUTED_IN:  # older versions recorded what `auto` chose here
+        settings["precision"] = COMPUTED_IN[config["computed_in"]]
     for name in NOT_COMPARED | {"cells"}:  # a cell is a row of its own
         settings.pop(name, None)
     runs = []
@@ -233,7 +233,7 @@ def mean_curve(
 ) -> list[tuple[int, float, float, float]]:
     """Epoch, mean, mean - sd and mean + sd over the runs, for the epochs that all of them have."""
     series = [
-        {int(row["epoch"]): row[column] * factor for row in run.rows if row.get(column) is not None}
+        {row["epoch"]: row[column] * factor for row in run.rows if row.get(column) is not None}
         for run in runs
     ]
     curve = []

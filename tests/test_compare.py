@@ -96,6 +96,18 @@ def test_of_the_data_set_the_pixels_count_and_not_its_name(tmp_path):
     assert (first[:2], other[:2]) == (["a", "2"], ["c", "1"])
 
 
+def test_older_runs_recorded_the_precision_that_auto_chose_beside_it(tmp_path, capsys):
+    records = [
+        {"precision": "float32", "computed_in": "32-true"},
+        {"precision": "auto", "computed_in": "32-true"},
+        {"precision": "auto", "computed_in": "bf16-mixed"},
+    ]
+    runs = [simclr_run(tmp_path / f"s{i}", i, 0.5, 4.0, **r) for i, r in enumerate(records)]
+    _, first, other = compare.main(runs)
+    assert (first[:2], other[:2]) == (["s0", "2"], ["s2", "1"])
+    assert "s2: precision bfloat16" in capsys.readouterr().out.splitlines()
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     runs = [simclr_run(tmp_path / p / "best", 0, 0.5, 4.0, temperature=t) for p, t in ("u1", "v2")]
     _, *rows = compare.main(runs)
@@ -168,6 +180,7 @@ def test_compares_the_committed_runs_which_are_of_older_versions():
         (lambda run: (run / "metrics.csv").unlink(), "no metrics.csv"),
         (lambda run: (run / "metrics.csv").write_text("loss\n1\n"), "holds no epochs"),
         (lambda run: (run / "metrics.csv").write_text("epoch,loss\n1,x\n"), "is damaged"),
+        (lambda run: (run / "metrics.csv").write_text("epoch,loss\n,1\n"), "is damaged"),
         (lambda run: (run / "config.json").write_text("{"), "is damaged"),
         (lambda run: (run / "config.json").unlink(), "cannot read"),
     ],
