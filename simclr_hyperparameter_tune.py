@@ -384,16 +384,18 @@ def audit_rows(trials: Trials, config: Config) -> list[dict[str, Any]]:
 
     Spearman's rank correlation with the audit and its 95 % interval (Bonett & Wright 2000), and how
     far the linear probe of the score's winner stays behind the best one; of several winners the
-    mean counts. A score that is the same for all trials has no row. Longer rungs hold what the
-    objective has chosen, which lowers its own correlation there; and the sampler follows it, so
-    that trials are not independent, and the interval is too narrow.
+    mean counts. A score that is the same for all trials has no row; a rung whose trials all have
+    the same accuracy has none at all. Longer rungs hold what the objective has chosen, which lowers
+    its own correlation there; and the sampler follows it, so that trials are not independent, and
+    the interval is too narrow.
     """
     from scipy.stats import spearmanr
 
     rows = []
     for epochs in config.rungs:
         chosen = [trial.user_attrs for trial in on_rung(trials, epochs, config.seed)]
-        if len(chosen) < 5:
+        varied = all(len({each[audit] for each in chosen}) > 1 for audit in label_free.AUDIT)
+        if len(chosen) < 5 or not varied:
             continue
         best = max(each["linear"] for each in chosen)
         for score in label_free.SCORES:

@@ -292,6 +292,10 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
     assert rows.keys() == label_free.SCORES.keys() - {"alphareq"}
     mean = np.mean([trial.user_attrs["linear"] for trial in trials[:2]])
     assert rows["lidar"]["winner"] == pytest.approx(mean)
+    # Nor can a score rank what is all as accurate.
+    for trial in trials:
+        trial.user_attrs["knn"] = 1.0
+    assert tune.audit_rows(trials, config) == []
 
 
 def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
