@@ -517,6 +517,7 @@ def project_2d(
     if (values == values[0]).all():  # of copies of one image; scikit-learn would divide by zero
         return np.zeros((len(values), 2), np.float32)
     neighbours = max(1, min(neighbours, (len(values) - 1) // 3))
+    seed %= 2**32  # scikit-learn takes no larger one
     if method == "umap":
         with warnings.catch_warnings():  # a fixed seed means one thread, as documented
             warnings.filterwarnings("ignore", "n_jobs value", UserWarning)

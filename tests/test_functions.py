@@ -653,6 +653,15 @@ def test_project_2d_repeats_itself(method, count):
     assert np.array_equal(first, again)
 
 
+def test_project_2d_takes_any_seed_of_a_run():
+    # scikit-learn takes no larger ones.
+    features = normal(6, 8)
+    largest, same = (
+        functions.project_2d(features, "tsne", seed) for seed in (2**63 - 1, 2**32 - 1)
+    )
+    assert np.array_equal(largest, same)
+
+
 @pytest.mark.parametrize("method", ["tsne", "umap"])
 @pytest.mark.parametrize("value", [0.0, 0.3])
 def test_project_2d_puts_equal_features_at_one_point(method, value):
