@@ -113,20 +113,20 @@ class SplitBatchNorm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """As `nn.BatchNorm2d`'s."""
-        outputs = self.normalized(images)
+        outputs = self.normalize(images)
         for child in self.children():
             outputs = child(outputs)
         return outputs
 
-    def normalized(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` by their parts' statistics, in evaluation by the running ones."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalize `(B, C, H, W)` by its parts' statistics, in evaluation by the running ones."""
         if not self.training:
             whole = (self.running_mean, self.running_var, self.weight, self.bias)
             return F.batch_norm(images, *whole, False, self.momentum, self.eps)
         parts = len(images) // self.images
         means = self.running_mean.repeat(parts, 1)  # (parts, C)
         variances = self.running_var.repeat(parts, 1)  # (parts, C)
-        # The same in two ways: a GPU waits for eight times as many kernels, a CPU for the copies.
+        # Both compute the same: a GPU is slow at many small kernels, a CPU at the folding's copies.
         normalize = self.fold_parts if images.is_cuda else self.take_parts
         outputs = normalize(images, means, variances)
         self.running_mean.copy_(means.mean(0))
@@ -273,7 +273,7 @@ def pretrain(
     if not training.history:
         model.update_key_encoder(momentum=0)  # the encoder may have been given with --weights
     compiled = pretraining.choose_compiler(config, training.steps, fabric.device)
-    network, stepper = fabric.setup(compiled(model), optimizer)
+    network, optimizer = fabric.setup(compiled(model), optimizer)
     key_network = compiled(model.key_encoder)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(info_nce_loss)
     if fabric.is_global_zero and config.queue_size > len(data.train):
@@ -293,19 +293,19 @@ def pretrain(
             x1, x2 = pair  # (b, C, H, W) each
             if step == 0 and fabric.is_global_zero:
                 functions.plot_views(run.folder / "views.png", images, torch.cat(pair), data.train)
-            queries, others = ((x1, x2), (x2, x1)) if config.symmetric else ((x1,), (x2,))
+            query_views, key_views = ((x1, x2), (x2, x1)) if config.symmetric else ((x1,), (x2,))
             keys = []
-            for view in others:
+            for view in key_views:
                 order = torch.randperm(config.batch_size, generator=shuffling, device=view.device)
                 with fabric.autocast():
                     keys.append(encode_keys(key_network, view, order, training.share))  # (B, D)
-            q = network(*queries)  # (b, D); symmetric (2b, D), whose loss is the mean of both
-            k = torch.cat([part[training.share.part] for part in keys])  # as q
+            q = network(*query_views)  # (b, D); symmetric (2b, D), whose loss is the mean of both
+            k = torch.cat([part[training.share.part] for part in keys])  # (b, D) or (2b, D), as q
             loss = loss_function(q, k, model.queue, config.temperature)
             training.record(loss, q[: len(images)])
-            stepper.zero_grad()
+            optimizer.zero_grad()
             fabric.backward(loss)
-            stepper.step()
+            optimizer.step()
             model.update_key_encoder(config.key_momentum)
             model.enqueue(torch.cat(keys))  # (B, D); symmetric (2B, D)
     return training.history

@@ -78,15 +78,14 @@ class SimCLR(nn.Module):
         super().__init__()
         self.encoder: Any = config.make_encoder(channels, image_size)
         features, size = self.encoder.num_features, config.projection_size
-        self.projection_head: nn.Module = {
-            "nonlinear": lambda: nn.Sequential(
-                nn.Linear(features, config.projection_hidden),
-                nn.ReLU(),
-                nn.Linear(config.projection_hidden, size),
-            ),
-            "linear": lambda: nn.Linear(features, size),
-            "none": nn.Identity,
-        }[config.projection]()
+        self.projection_head: nn.Module = nn.Identity()
+        if config.projection == "linear":
+            self.projection_head = nn.Linear(features, size)
+        elif config.projection == "nonlinear":
+            hidden = config.projection_hidden
+            self.projection_head = nn.Sequential(
+                nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, size)
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings `z` `(B, projection_size)` of images `(B, C, H, W)`."""
@@ -199,14 +198,15 @@ def pretrain(
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
-    left_out = config.views if config.loss == "dcl" else 1
-    nothing = math.log(config.views * config.batch_size - left_out)  # the loss of equal embeddings
-    method = verdict.Method(chance_loss=nothing, temperature=config.temperature)
+    decoupled = config.loss == "dcl"
+    left_out = config.views if decoupled else 1
+    chance = math.log(config.views * config.batch_size - left_out)  # the loss of equal embeddings
+    method = verdict.Method(chance_loss=chance, temperature=config.temperature)
     training = pretraining.Pretraining(
         model, optimizer, data.train, config, run, fabric, monitor, method, config.views
     )
     compiled = pretraining.choose_compiler(config, training.steps, fabric.device)
-    network, stepper = fabric.setup(compiled(model), optimizer)
+    network, optimizer = fabric.setup(compiled(model), optimizer)
     apply_views, loss_function = compiled(pretraining.apply_views), compiled(nt_xent_loss)
     for epoch in training.epochs():
         for step, images, generator in training.batches(epoch):
@@ -219,12 +219,12 @@ def pretrain(
                 functions.plot_views(run.folder / "views.png", images, views, data.train)
             z = network(views)  # (V b, D)
             everyone = training.share.gather(z)  # (V B, D), of all processes
-            rows, decoupled = training.share.rows, config.loss == "dcl"
+            rows = training.share.rows  # (V b,), the places of z among them
             loss = loss_function(z, config.temperature, everyone, rows, config.views, decoupled)
             training.record(loss, z, views)
-            stepper.zero_grad()
+            optimizer.zero_grad()
             fabric.backward(loss)
-            stepper.step()
+            optimizer.step()
     return training.history
 
 

@@ -187,13 +187,14 @@ def pretrain(
     optimizer = make_optimizer(model, config)
     peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
+    # The paper's model sees one view at a time, ours both: half as many BatchNorm passes.
     passes = 2 if config.head == "paper" else 1
     method = verdict.Method(chance_loss=0.0, collapse_loss=-1.0, passes=passes)
     training = pretraining.Pretraining(
         model, optimizer, data.train, config, run, fabric, monitor, method
     )
     compiled = pretraining.choose_compiler(config, training.steps, fabric.device)
-    network, stepper = fabric.setup(compiled(model), optimizer)
+    network, optimizer = fabric.setup(compiled(model), optimizer)
     on_host = config.augmentation == "randaugment"
     for epoch in training.epochs():
         batches = training.batches(epoch, on_host)
@@ -202,14 +203,13 @@ def pretrain(
             views = data.train.normalize(views).contiguous(memory_format=torch.channels_last)
             if step == 0 and fabric.is_global_zero:
                 functions.plot_views(run.folder / "views.png", images, views, data.train)
-            # The paper's model sees one view at a time, ours both: half as many BatchNorm passes.
-            z, p = network(*(views.chunk(2) if config.head == "paper" else (views,)))  # (2b, D)
+            z, p = network(*views.chunk(passes))  # (2b, D) each
             (z1, z2), (p1, p2) = z.chunk(2), p.chunk(2)  # (b, D) each
             loss = negative_cosine_similarity(p1, z2) / 2 + negative_cosine_similarity(p2, z1) / 2
             training.record(loss, z, views)
-            stepper.zero_grad()
+            optimizer.zero_grad()
             fabric.backward(loss)
-            stepper.step()
+            optimizer.step()
     return training.history
 
 
