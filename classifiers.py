@@ -127,7 +127,7 @@ def spread_labels(given: Given) -> Tensor:
     A test image gets the mean of its neighbours' labels, weighted as the graph's edges are.
     """
     near, chosen = given.near, given.chosen.cpu().numpy()
-    marks = F.one_hot(given.labels, given.classes).double().cpu().numpy()  # (n, K)
+    marks = F.one_hot(given.labels.cpu(), given.classes).double().numpy()  # (n, K)
     spread = graphs.spread(near.graph, chosen, marks, given.config.alpha)  # (N, K)
     if near.test_near is not None:
         spread = graphs.average_neighbours(spread, *near.test_near)  # (M, K)
@@ -201,7 +201,7 @@ def fixmatch(given: Given) -> Tensor:
     optimizer = torch.optim.SGD(
         classifier.parameters(), rate, 0.9, weight_decay=5e-4, nesterov=True, fused=True
     )
-    network, stepper = given.fabric.setup(classifier, optimizer)
+    network, optimizer = given.fabric.setup(classifier, optimizer)
     losses = progress.EpochLoss(config.steps, 1, device)
     classifier.train()
     for step in range(config.steps):
@@ -225,8 +225,8 @@ def fixmatch(given: Given) -> Tensor:
         losses.add(loss)
         optimizer.zero_grad()
         given.fabric.backward(loss)
-        stepper.step()
-    losses.mean()
+        optimizer.step()
+    losses.mean()  # looks at all of them, which `add` leaves out on an accelerator
     checkpoints.check_finite(1, classifier, optimizer)
     return functions.extract_features(classifier, given.test, given.fabric).argmax(1)
 
