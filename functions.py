@@ -126,12 +126,11 @@ def _load_cifar10(data_dir: Path, url: str | None) -> datasets.ImageData:
     from torchvision.datasets import CIFAR10
 
     folder = data_dir / CIFAR10.base_folder
-    if not folder.is_dir():
-        with datasets.alone_in(data_dir):
-            if not folder.is_dir():  # nor has the process that was here before made it
-                archive = data_dir / CIFAR10.filename
-                datasets.fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
-                datasets.unpack(archive, folder)
+    with datasets.alone_in(data_dir):
+        if not folder.is_dir():
+            archive = data_dir / CIFAR10.filename
+            datasets.fetch(archive, CIFAR10.url, url, CIFAR10.tgz_md5)
+            datasets.unpack(archive, folder)
     try:
         parts = [CIFAR10(str(data_dir), train=train) for train in (True, False)]
     except RuntimeError as error:
@@ -252,10 +251,12 @@ class Monitor:
         """
         row = {"embedding_std": embedding_std(z), "rank_me": rank_me(z)}
         if self.knn_every and (epoch % self.knn_every == 0 or last):
-            known: list[Any] = []
-            for index in (self.bank, self.queries):
-                known.append(extract_features(encoder, self.train, self.fabric, index=index))
-                known.append(self.train.labels[index.to(self.train.labels.device)])
+            labels = self.train.labels.cpu()
+            bank, queries = (
+                extract_features(encoder, self.train, self.fabric, index=index)
+                for index in (self.bank, self.queries)
+            )
+            known = (bank, labels[self.bank], queries, labels[self.queries])
             row["knn_held_out"] = knn_accuracy(*known)
         return row
 
@@ -275,8 +276,9 @@ def knn_accuracy(
 ) -> float:
     """Accuracy in [0, 1] of the weighted k-nearest-neighbour vote (Wu et al. 2018, section 3.4).
 
-    Cosine similarity s; each of the k neighbours votes for its class with weight exp(s /
-    temperature). `k` is capped at the number of training features.
+    Features are `(N, D)` and `(M, D)`, labels `(N,)` and `(M,)`. Each of the k training features
+    nearest by cosine similarity s votes for its class with weight exp(s / temperature); `k` is
+    capped at N.
     """
     nearest, index = neighbours.find_nearest(test_features, F.normalize(train_features, dim=1), k)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
@@ -453,12 +455,12 @@ def scale_to_same_length(features: Tensor) -> Tensor:
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Share of right predictions, in [0, 1]."""
+    """Share of predictions `(N,)` that equal the labels `(N,)`, in [0, 1]."""
     return (predictions == labels).sum().item() / len(labels)
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
-    """Counts `(K, K)`: row = true class, column = predicted class."""
+    """Counts `(K, K)` of labels and predictions `(N,)`: true class by row, predicted by column."""
     pairs = labels.cpu() * classes + predictions.cpu()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
@@ -544,11 +546,10 @@ def report_classes(
     """
     matrix = confusion_matrix(data.test.labels, predictions, len(data.classes))
     accuracies = per_class_accuracy(matrix, data.classes)
-    shown = sorted(accuracies, key=accuracies.__getitem__)[:10]
-    if len(accuracies) <= 20:
-        shown = list(accuracies)
-    else:
-        print(f"The ten classes of {len(accuracies)} that are recognised least:")
+    shown = list(accuracies)
+    if len(shown) > 20:
+        print(f"The ten classes of {len(shown)} that are recognised least:")
+        shown = sorted(shown, key=accuracies.__getitem__)[:10]
     for name in shown:
         print(f"Accuracy for class: {name} is {100 * accuracies[name]:.1f} %")
     path = folder / f"{prefix}per_class_accuracy.png"
