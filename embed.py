@@ -44,9 +44,8 @@ from support.settings import Parser
 
 MAPPED = 10_000  # images, as in evaluation.images_to_map
 COLUMNS = (
-    *("path", "class", "probability", "x", "y", "neighbour", "similarity"),
-    *("training_neighbour", "training_similarity", "duplicate_of", "group"),
-)
+    "path", "class", "probability", "x", "y", "neighbour", "similarity",
+    "training_neighbour", "training_similarity", "duplicate_of", "group",
 
 
 @dataclass(frozen=True)

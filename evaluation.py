@@ -174,6 +174,13 @@ def finetune(
     Adam 1e-3, batch 256, cosine, crops and flips only. An interrupted stage goes on from
     `finetune_checkpoint.pt`. Writes `finetune.csv`, `finetune.png`, `finetune_*.png` and
     `finetuned_encoder.safetensors`.
+
+    Returns:
+        What it adds to `summary.json`: accuracies of the last epoch, in [0, 1].
+
+    Raises:
+        UserError: an interrupted stage had another number of epochs.
+        Diverged: the loss is not finite.
     """
     devices.seed_everything(config.seed)
     layer = nn.Linear(model.encoder.num_features, len(data.classes))

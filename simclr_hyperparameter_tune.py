@@ -64,8 +64,8 @@ SPACE: dict[str, Any] = {
     "projection_size": [32, 64, 128, 256],
     "views": [2, 4],
 }
-BANK, QUERIES = 10_000, 5_000  # at most so many images are scored
-KEPT = 3  # one of so many goes on to the next rung; so many are confirmed, with so many seeds
+BANK, QUERIES = 10_000, 5_000  # at most so many images train the probes, and test them
+KEPT = 3  # a third of a rung goes on to the next; the best three are confirmed with three seeds
 
 
 @dataclass(frozen=True)
