@@ -46,6 +46,7 @@ MAPPED = 10_000  # images, as in evaluation.images_to_map
 COLUMNS = (
     "path", "class", "probability", "x", "y", "neighbour", "similarity",
     "training_neighbour", "training_similarity", "duplicate_of", "group",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,9 @@ class Trainer:
         channels, side = self.data.train.images.shape[1:3]
         about: dict[str, Any] = {"encoder": "small", "stem": "cifar"}
         if self.config.runs:
-            _, about = checkpoints.load_tensors(Path(self.config.runs[0]) / "encoder.safetensors")
+            path = Path(self.config.runs[0]) / "encoder.safetensors"
+            _, about = checkpoints.load_tensors(path)
+            require({"encoder", "stem"} <= about.keys(), f"{path} does not say what encoder it is")
         width = about.get("width", 64)
         return encoders.make_encoder(about["encoder"], about["stem"], channels, side, width)
 

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ import classifiers
 import few_labels
 import functions
 import simsiam
-from support import datasets, files, graphs, neighbours, pool, report, scores, settings
+from support import checkpoints, datasets, files, graphs, neighbours, pool, report, scores, settings
 from support.errors import UserError
 
 
@@ -622,6 +623,17 @@ def test_runs_that_do_not_fit_are_one_line(pretrained, tmp_path, user_error):
     with user_error("config.json"):
         few_labels.main(make_config(tmp_path, runs=(str(tmp_path),)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["scratch", "linear"])
+def test_an_encoder_that_does_not_say_what_it_is_is_one_line(
+    pretrained, tmp_path, user_error, method
+):
+    run = Path(shutil.copytree(pretrained["a"], tmp_path / "a"))
+    weights, _ = checkpoints.load_tensors(run / "encoder.safetensors")
+    checkpoints.save_tensors(run / "encoder.safetensors", weights, {})
+    with user_error("encoder.safetensors does not say what encoder it is"):
+        few_labels.main(make_config(tmp_path, runs=(str(run),), methods=method))
 
 
 # ---------------------------------------------------------------------------- older run folders
