@@ -162,7 +162,7 @@ def plot_classes(
             tiles.append(mine.tiles(part, channels, 96))
             captions.append([f"{value:.3f}" for value in confidence[part].tolist()])
     names = [classes[label] for label in present]
-    embed.plot_sheet(path, names, groups, f"{len(mine.names):,} images by their class")
+    figures.plot_sheet(path, names, groups, f"{len(mine.names):,} images by their class")
 
 
 def plot_labelled(
@@ -196,7 +196,7 @@ def plot_labelled(
         "": (labelled.tiles(doubted[:, None], channels, 96), None),
         "nearest labelled images": (labelled.tiles(nearest, channels, 96), captions),
     }
-    embed.plot_sheet(path, names, groups, "The least likely labels")
+    figures.plot_sheet(path, names, groups, "The least likely labels")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def plot_groups(
         nearest = members[distances[members].argsort(stable=True)[:11]]
         tiles.append(mine.tiles(nearest, channels, 96))
         names.append(f"group {group + 1}: {len(members):,} images")
-    plot_sheet(path, names, {"nearest to the centre": (tiles, None)}, title)
+    figures.plot_sheet(path, names, {"nearest to the centre": (tiles, None)}, title)
 
 
 def neighbour_rows(mine: Collection, near: dict[str, Near]) -> Iterator[dict[str, Any]]:
@@ -192,49 +192,6 @@ def neighbour_rows(mine: Collection, near: dict[str, Near]) -> Iterator[dict[str
             for rank, (value, j) in enumerate(pairs, 1):
                 row = {"query": name, "rank": rank, "neighbour": others.names[j], "where": where}
                 yield row | {"similarity": f"{value:.5f}"}
-
-
-def plot_sheet(
-    path: Path,
-    names: Sequence[str],
-    groups: Mapping[str, tuple[Sequence[Tensor], Sequence[Sequence[str]] | None]],
-    title: str,
-) -> None:
-    """A contact sheet: images, each with groups of others beside it.
-
-    Args:
-        path: where the picture goes.
-        names: of the images `(Q,)`.
-        groups: by their heading, pictures `(k, C, h, w)`, uint8, for each image, and as many
-            words or more to write below them, or None.
-        title: of the sheet.
-    """
-    words = [word for _, captions in groups.values() for row in captions or () for word in row]
-    step = max(1.0, 0.15 * max(map(len, words), default=0))  # from a tile to the next
-    widths = {heading: step * max(map(len, tiles)) + 0.2 for heading, (tiles, _) in groups.items()}
-    columns = max(11.6, sum(widths.values()))
-    height = 1.7 * len(names) + 0.7
-    with figures.new_figure(path, title, figures.WIDTH * height / columns + 0.3) as figure:
-        axes = figure.subplots()
-        left = 0.0
-        for heading, (tiles, captions) in groups.items():
-            axes.text(left, -0.5, heading, weight="bold")
-            for row in range(len(names)):
-                top = 1.7 * row
-                for i, tile in enumerate(tiles[row]):
-                    shown = datasets.as_shown(tile).expand(3, -1, -1)
-                    pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
-                    start = left + step * i
-                    box = (start, start + 0.95, top + 0.95, top)
-                    axes.imshow(pixels, extent=box, interpolation="nearest")
-                    if captions is not None:
-                        axes.text(start + 0.47, top + 1.2, captions[row][i], ha="center")
-            left += widths[heading]
-        for row, name in enumerate(names):
-            axes.text(0, 1.7 * row - 0.1, figures.plain(name, 70))
-        axes.set_xlim(-0.05, columns)
-        axes.set_ylim(height - 0.8, -0.8)
-        axes.set_axis_off()
 
 
 def plot_neighbours(
@@ -249,7 +206,7 @@ def plot_neighbours(
         if best.shape[1]:
             captions = [[f"{value:.3f}" for value in row] for row in similarity[queries].tolist()]
             groups[heads[where]] = (others.tiles(best, channels, 96), captions)
-    plot_sheet(path, mine.names[queries.numpy()], groups, title)
+    figures.plot_sheet(path, mine.names[queries.numpy()], groups, title)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -349,25 +306,24 @@ def main(arguments: Sequence[str]) -> dict[str, int]:
     if parsed.groups is not None:
         plot_groups(output / "groups.png", mine, groups, distances, channels, f"Groups of {title}")
     if count >= 5 and runs.has_package("plotly", "plotly", "embedding.html"):
-        shown = near["folder"][2][:, :5]  # (N, k)
-        if len(mapped) < count:
-            shown = page.nearest(mine.features[mapped])
+        nearest = near["folder"][2][:, :5]  # (N, k)
+        if len(mapped) < count:  # others than these may be off the map
+            nearest = page.nearest(mine.features[mapped])
         labels, names, by = classes, encoder.classes, "the linear probe's class"
         if labels is None and parsed.groups is not None:
             labels, by = groups, "group"
             names = tuple(f"group {i + 1}" for i in range(parsed.groups))
-        by = "" if labels is None else f", coloured by {by}"
         page.write_page(
             output / "embedding.html",
             coordinates=coordinates[mapped.numpy()],
             images=mine.tiles(mapped, channels, page.TILE),
             names=mine.names[mapped.numpy()],
-            neighbours=shown,
+            neighbours=nearest,
             labels=None if labels is None else labels[mapped].numpy(),
             classes=names or ("images",),
             colors=figures.class_colors(len(names)) or [figures.TRAIN_COLOR],
             predictions=None,
-            title=f"t-SNE of {title}{by}",
+            title=f"t-SNE of {title}" + ("" if labels is None else f", coloured by {by}"),
         )
     counts = {"images": count, "broken": mine.broken, "duplicates": int((originals >= 0).sum())}
     print(f"images                {count:,}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from support import files
+from support import datasets, files
 
 WIDTH, HEIGHT = 6.4, 3.6  # inches; 960 pixels wide, read at half of that in a README
 STYLE = {
@@ -210,3 +211,46 @@ def class_colors(count: int) -> list[Any]:
     import matplotlib
 
     return list(matplotlib.colormaps["nipy_spectral"](np.linspace(0.05, 0.95, count)))
+
+
+def plot_sheet(
+    path: Path,
+    names: Sequence[str],
+    groups: Mapping[str, tuple[Sequence[Tensor], Sequence[Sequence[str]] | None]],
+    title: str,
+) -> None:
+    """A contact sheet: images, each with groups of others beside it.
+
+    Args:
+        path: where the picture goes.
+        names: of the images `(Q,)`.
+        groups: by their heading, pictures `(k, C, h, w)`, uint8, for each image, and as many
+            words or more to write below them, or None.
+        title: of the sheet.
+    """
+    words = [word for _, captions in groups.values() for row in captions or () for word in row]
+    step = max(1.0, 0.15 * max(map(len, words), default=0))  # from a tile to the next
+    widths = {heading: step * max(map(len, tiles)) + 0.2 for heading, (tiles, _) in groups.items()}
+    columns = max(11.6, sum(widths.values()))
+    height = 1.7 * len(names) + 0.7
+    with new_figure(path, title, WIDTH * height / columns + 0.3) as figure:
+        axes = figure.subplots()
+        left = 0.0
+        for heading, (tiles, captions) in groups.items():
+            axes.text(left, -0.5, heading, weight="bold")
+            for row in range(len(names)):
+                top = 1.7 * row
+                for i, tile in enumerate(tiles[row]):
+                    shown = datasets.as_shown(tile).expand(3, -1, -1)
+                    pixels = shown.permute(1, 2, 0).numpy()  # (h, w, 3)
+                    start = left + step * i
+                    box = (start, start + 0.95, top + 0.95, top)
+                    axes.imshow(pixels, extent=box, interpolation="nearest")
+                    if captions is not None:
+                        axes.text(start + 0.47, top + 1.2, captions[row][i], ha="center")
+            left += widths[heading]
+        for row, name in enumerate(names):
+            axes.text(0, 1.7 * row - 0.1, plain(name, 70))
+        axes.set_xlim(-0.05, columns)
+        axes.set_ylim(height - 0.8, -0.8)
+        axes.set_axis_off()

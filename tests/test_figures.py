@@ -102,7 +102,7 @@ def draw_sheet(path):
     groups = {"": (tiles[:, :1], None)}
     for head in ("nearest in the folder", "nearest training images"):
         groups[head] = (tiles, [["0.123"] * 5] * 12)
-    embed.plot_sheet(path, [f"test/{LONG}.png"] * 12, groups, "Neighbours of cifar10-images")
+    figures.plot_sheet(path, [f"test/{LONG}.png"] * 12, groups, "Neighbours of cifar10-images")
 
 
 def draw_doubts(path):
