@@ -74,6 +74,7 @@ def read_run(folder: Path) -> list[Run]:
     Raises:
         UserError: no folder of a finished run, or a file of it is damaged.
     """
+    require(folder.is_dir(), f"there is no run folder {folder}")
     config = files.read_json(folder / "config.json")
     path = folder / "summary.json"
     require(path.exists(), f"{folder} has no summary.json: the run is not finished, or is a sweep")

@@ -455,7 +455,14 @@ def scale_to_same_length(features: Tensor) -> Tensor:
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Share of predictions `(N,)` that equal the labels `(N,)`, in [0, 1]."""
+    """Share of predictions `(N,)` that equal the labels `(N,)`, in [0, 1].
+
+    Raises:
+        UserError: their shapes differ, or there are none.
+    """
+    alike = predictions.shape == labels.shape and len(labels) > 0
+    shapes = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+    require(alike, f"predictions and labels must have the same shape (N,), not {shapes}")
     return (predictions == labels).sum().item() / len(labels)
 
 

@@ -183,6 +183,7 @@ def test_compares_the_committed_runs_which_are_of_older_versions():
         (lambda run: (run / "metrics.csv").write_text("epoch,loss\n,1\n"), "is damaged"),
         (lambda run: (run / "config.json").write_text("{"), "is damaged"),
         (lambda run: (run / "config.json").unlink(), "cannot read"),
+        (lambda run: run.rename(run.with_name("c")), "there is no run folder"),
     ],
 )
 def test_user_mistakes(tmp_path, spoil, message):

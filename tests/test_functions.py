@@ -452,6 +452,15 @@ def test_confusion_matrix_equals_sklearn(classes):
     assert list(accuracies.values()) == pytest.approx(recall)
 
 
+def test_predictions_of_another_shape_have_no_accuracy(user_error):
+    labels = torch.arange(4)
+    for wrong in (labels[:, None], labels[:3]):
+        with user_error("same shape"):
+            functions.accuracy(wrong, labels)
+    with user_error("same shape"):
+        functions.accuracy(labels[:0], labels[:0])
+
+
 def test_per_class_accuracy_leaves_out_a_class_without_images():
     matrix = functions.confusion_matrix(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 2]), 4)
     assert functions.per_class_accuracy(matrix, "abcd") == {"a": 0.5, "c": 1.0}
