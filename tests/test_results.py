@@ -186,15 +186,22 @@ def test_few_labels_are_what_was_measured():
         assert said == means
 
 
-def test_few_labels_together_are_what_was_measured():
+@pytest.mark.parametrize(
+    ("data", "heading", "counts"),
+    [
+        ("fashion", "## Results", ("10", "100", "1,000")),
+        ("cifar", "## CIFAR-10", ("100", "1,000", "4,000")),
+    ],
+)
+def test_few_labels_together_are_what_was_measured(data, heading, counts):
     names = {"pixels": ["pixels"], "SimSiam": ["3 runs of simsiam"], "all three": ["all 3 runs"]}
-    with (ROOT / "docs/results/few-labels/fashion-scores.csv").open() as file:
+    names["SimCLR"] = ["3 runs of simclr"]
+    with (ROOT / f"docs/results/few-labels/{data}-scores.csv").open() as file:
         scores = {(row["name"], f"{int(row['labels']):,}"): row for row in csv.DictReader(file)}
     said = {
         (", ".join([row["method"], *names.get(row["from"], [])]), labels): row[labels]
-        for row in table("docs/few_labels.md", "## Results")
-        for labels in ("10", "100", "1,000")
-        if row[labels] != "–"
+        for row in table("docs/few_labels.md", heading)
+        for labels in counts
     }
     assert said == {
         key: f"{100 * float(row['accuracy']):.1f} ± {100 * float(row['accuracy_sd']):.1f}"
