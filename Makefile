@@ -62,8 +62,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy *.py support
 
+# Three on two cores: one of them often waits for a process that it has started.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

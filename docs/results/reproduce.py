@@ -70,7 +70,7 @@ def read_committed(result: str) -> list[compare.Run]:
                 shutil.copy(path, Path(folder, name))
             committed += compare.read_run(Path(folder))
     for run in committed:
-        run.settings.pop("computed_in", None)  # what other processors got belongs to the spread
+        run.settings.pop("precision", None)  # what other processors got belongs to the spread
     return committed
 
 
