@@ -109,7 +109,7 @@ def group_duplicates(features: Tensor, threshold: float) -> Tensor:
 def cross_validate(predict: Predict, labels: Tensor, groups: Tensor) -> Tensor | None:
     """How likely each class is for each labelled image by the others, `(n, K)`.
 
-    There are up to ten folds, each with as many of each class as groups allow.
+    There are up to ten folds, each with as many of each class as groups allow, some with none.
 
     Args:
         predict: a method.
@@ -117,11 +117,12 @@ def cross_validate(predict: Predict, labels: Tensor, groups: Tensor) -> Tensor |
         groups: `(n,)`; those of one group are left out together.
 
     Returns:
-        None where nothing can be left out: one image of each class, or a single group.
+        None where no class has two groups, so that the others lack the class of what is left out.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = min(10, int(labels.bincount().max()), len(groups.unique()))
+    pairs = torch.stack([labels, groups], 1).unique(dim=0)  # (classes' groups, 2)
+    folds = min(10, int(pairs[:, 0].bincount().max()))
     if folds < 2:
         return None
     found = torch.zeros(len(labels), int(labels.max()) + 1)
@@ -131,8 +132,9 @@ def cross_validate(predict: Predict, labels: Tensor, groups: Tensor) -> Tensor |
         splits = list(splitter.split(labels, labels, groups))
     for split in splits:
         rest, left_out = map(torch.from_numpy, split)
-        likely = predict(rest, left_out)
-        found[left_out, : likely.shape[1]] = likely
+        if len(left_out):
+            likely = predict(rest, left_out)
+            found[left_out, : likely.shape[1]] = likely
     return found
 
 

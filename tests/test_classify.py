@@ -136,10 +136,22 @@ def test_a_class_that_the_others_lack_is_not_found():
     assert found[6, 2] == 0
 
 
-@pytest.mark.parametrize(("labels", "groups"), [([0, 1, 2], [0, 1, 2]), ([0, 0, 1], [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [([0, 1, 2], [0, 1, 2]), ([0, 0, 1], [0, 0, 0]), ([0, 0, 1], [0, 0, 2])],
+)
 def test_without_others_nothing_can_be_said(labels, groups):
     predict = pytest.fail
     assert classify.cross_validate(predict, torch.tensor(labels), torch.tensor(groups)) is None
+
+
+def test_a_fold_without_images_is_passed_over():
+    # Scikit-learn fills three of four folds.
+    labels = torch.tensor([0, 2, 0, 3, 0, 1, 2, 2, 1, 3, 3, 1, 2, 2])
+    groups = torch.tensor([3, 1, 3, 2, 1, 0, 0, 3, 3, 0, 2, 0, 0, 3])
+    features = F.one_hot(labels, 4).float() - 1 / 4
+    found = classify.cross_validate(classify.make_linear(features, labels), labels, groups)
+    torch.testing.assert_close(found.sum(1), torch.ones(14))
 
 
 def test_the_duplicates_of_duplicates_are_of_one_group():
