@@ -92,17 +92,21 @@ def read_classes(names: Sequence[str], folder: Path) -> tuple[tuple[str, ...], T
 
 
 def group_duplicates(features: Tensor, threshold: float) -> Tensor:
-    """The group `(N,)` of each image: near-duplicates, and theirs, are of one.
+    """The group `(N,)` of each image, the first of it: near-duplicates, and theirs, are of one.
 
     Args:
-        features: `(N, D)`, of length 1.
+        features: `(N, D)`, of length 1, on the CPU.
         threshold: the cosine from which on two images are near-duplicates.
     """
-    nearest, _ = neighbours.find_nearest(features, features, 1)
-    originals = neighbours.find_originals(features, threshold, nearest[:, 0])
-    groups = torch.arange(len(features))
-    for i in (originals >= 0).nonzero()[:, 0].tolist():
-        groups[i] = groups[originals[i]]
+    everyone = torch.arange(len(features))
+    groups, before = everyone, None
+    while before is None or not torch.equal(groups, before):
+        before = groups
+        groups = before.clone()
+        for rows, similarity in neighbours.cosines(features, features, everyone):  # (B, N)
+            alike = similarity >= threshold - neighbours.ROUNDING
+            alike[torch.arange(len(rows)), rows] = True
+            groups[rows] = torch.where(alike, before, len(features)).amin(1)
     return groups
 
 

@@ -160,6 +160,9 @@ def test_the_duplicates_of_duplicates_are_of_one_group():
     # 8 degrees are a cosine of 0.9903, 5 degrees 0.9962
     assert classify.group_duplicates(features, 0.996).tolist() == [0, 1, 0, 3, 0, 1]
     assert classify.group_duplicates(features, 1.0).tolist() == [0, 1, 2, 3, 4, 5]
+    # The first two are near-duplicates of the last, not of each other.
+    later = features[[0, 4, 1, 2]]
+    assert classify.group_duplicates(later, 0.996).tolist() == [0, 0, 2, 0]
 
 
 def test_the_wrong_label_stands_first_and_the_score_is_of_the_table(classified):
