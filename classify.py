@@ -65,8 +65,10 @@ def make_spreading(
 
     def predict(known: Tensor, others: Tensor) -> Tensor:
         scores = graphs.spread(graph, known.numpy(), marks[known].numpy(), alpha)  # (N, K)
-        found = torch.from_numpy(scores)[others]
-        return (found / found.sum(1, keepdim=True).clamp(min=1e-12)).float()
+        found = torch.from_numpy(scores)[others]  # (m, K)
+        total = found.sum(1, keepdim=True)
+        # What is connected with no labelled image gets the classes' shares of these.
+        return torch.where(total > 0, found / total, marks[known].mean(0)).float()
 
     return predict
 
@@ -191,8 +193,8 @@ def plot_labelled(
     """
     doubted = found.gather(1, labels[:, None])[:, 0].argsort(stable=True)[:ROWS]  # (Q,)
     bank = F.normalize(labelled.features, dim=1)
-    _, nearest = neighbours.find_nearest(bank[doubted], bank, 8)
-    nearest = nearest[:, 1:]  # (Q, 7); without the image itself
+    _, nearest = neighbours.find_nearest(bank, bank, 7)
+    nearest = nearest[doubted]  # (Q, 7)
     captions = [
         [figures.plain(classes[label], 9) for label in row] for row in labels[nearest].tolist()
     ]

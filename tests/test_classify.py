@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
 import classify
+import embed
 import functions
 from support import checkpoints, datasets, devices, encoders
 
@@ -109,6 +110,33 @@ def test_label_spreading_is_that_of_the_closed_form():
     torch.testing.assert_close(
         found.double(), (scores / scores.sum(1, keepdim=True))[6:], atol=1e-4, rtol=0
     )
+
+
+def test_what_no_label_reaches_is_of_the_commonest_class():
+    torch.manual_seed(0)
+    features = torch.cat([torch.randn(40, 16) + 4, torch.randn(30, 16) / 100 - 4])
+    predict = classify.make_spreading(features, torch.tensor([1, 1, 1, 0, 0]))
+    found = predict(torch.arange(5), torch.arange(5, 70))
+    assert torch.equal(found[-30:], torch.tensor([[0.4, 0.6]]).expand(30, 2))
+    assert (found[:-30] != found[-1]).all()
+
+
+def test_an_image_is_none_of_its_nearest_also_if_there_are_copies(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        classify.figures, "plot_sheet", lambda path, names, groups, title: drawn.update(groups)
+    )
+    features = torch.eye(12, 16)[torch.arange(12) // 4]  # four copies each
+    images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+    names = np.array([f"a/{i}.png" for i in range(12)])
+    labelled = embed.Collection(names, images, torch.arange(12), features)
+    labels, found = torch.arange(12) % 2, torch.full((12, 2), 0.5)
+    classify.plot_labelled(tmp_path / "a.png", labelled, ("a", "b"), labels, found, channels=3)
+    (own, _), (others, _) = drawn.values()
+    for tiles, near in zip(own, others, strict=True):
+        i = int(tiles[0, 0, 0, 0])
+        copies = {4 * (i // 4) + k for k in range(4)}
+        assert set(near[:3, 0, 0, 0].tolist()) == copies - {i}
 
 
 def test_what_is_left_out_is_left_out_with_its_duplicates_and_once():
