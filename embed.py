@@ -162,13 +162,14 @@ def group_images(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tenso
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    features = functions.scale_to_same_length(features)
     model = KMeans(count, n_init=5, random_state=seed % 2**32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than groups
-        distances = model.fit_transform(functions.scale_to_same_length(features).numpy())  # (N, K)
-    labels = torch.from_numpy(model.labels_).long()
+        labels = torch.from_numpy(model.fit_predict(features.numpy())).long()
+    distances = (features - torch.from_numpy(model.cluster_centers_)[labels]).norm(dim=1)  # (N,)
     order = labels.bincount(minlength=count).argsort(descending=True, stable=True)
-    return order.argsort()[labels], torch.from_numpy(distances.min(1))
+    return order.argsort()[labels], distances
 
 
 def plot_groups(
