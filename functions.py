@@ -460,9 +460,10 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     Raises:
         UserError: their shapes differ, or there are none.
     """
-    alike = predictions.shape == labels.shape and len(labels) > 0
     shapes = f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+    alike = predictions.shape == labels.shape
     require(alike, f"predictions and labels must have the same shape (N,), not {shapes}")
+    require(len(labels) > 0, "without labels there is no accuracy")
     return (predictions == labels).sum().item() / len(labels)
 
 
