@@ -89,6 +89,10 @@ def read_classes(names: Sequence[str], folder: Path) -> tuple[tuple[str, ...], T
     for place in places:
         require(len(place) > 1, f"{folder / place[0]} lies in no folder of a class")
     classes = tuple(sorted({place[0] for place in places}))
+    split = {"train", "test", "val"} >= set(classes)
+    require(
+        not split, f"{folder} holds {', '.join(classes)}: give one of them, which holds classes"
+    )
     require(len(classes) > 1, f"{folder} has the class {classes[0]} alone: it takes two")
     return classes, torch.tensor([classes.index(place[0]) for place in places])
 
@@ -170,6 +174,7 @@ def plot_classes(
             tiles.append(mine.tiles(part, channels, 96))
             captions.append([f"{value:.3f}" for value in confidence[part].tolist()])
     names = [classes[label] for label in present]
+    groups = {heading: group for heading, group in groups.items() if any(map(len, group[0]))}
     figures.plot_sheet(path, names, groups, f"{len(mine.names):,} images by their class")
 
 
@@ -254,7 +259,8 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
     print(f"images to classify    {len(mine.names):,}")
     print(f"labelled images       {len(labels):,} of {len(classes)} classes")
     print("right by cross-validation on these [95 % interval]:")
-    methods = {key: make(features, labels) for key, (_, make) in METHODS.items()}
+    wanted = METHODS if parsed.method is None else [parsed.method]
+    methods = {key: METHODS[key][1](features, labels) for key in wanted}
     found = {key: cross_validate(predict, labels, groups) for key, predict in methods.items()}
     scores = {
         key: show_score(METHODS[key][0], likely, labels)

@@ -17,6 +17,7 @@ from common import ROOT
 import classify
 import functions
 from support import datasets, devices, frozen
+from support.errors import require
 from support.runs import exit_cleanly
 
 METHODS = {"logistic regression": classify.make_linear}
@@ -28,6 +29,7 @@ for count in (5, 10, 20):
 
 def main() -> None:
     """Print a table."""
+    require(len(sys.argv) == 2, "name the folder of a finished run")
     encoder = frozen.load_encoder(Path(sys.argv[1]), "cpu")
     about = encoder.record
     data_dir = ROOT / about.get("data_dir", "data")

@@ -595,8 +595,9 @@ def run_experiment(
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
         if "knn_accuracy" in summary and len(data.test) < 1000:
-            points = 100 / math.sqrt(len(data.test))  # two standard errors, at most
-            print(f"of {len(data.test)} test images an accuracy is known to ± {points:.0f} points")
+            points = 100 / math.sqrt(len(data.test))  # two standard errors of an accuracy of a half
+            words = f"an accuracy is known to ± {points:.0f} points at worst"
+            print(f"{len(data.test)} test images: {words}")
         if data.classes:
             words = ["few_labels.py", str(run.folder)]
             words += ["--methods", "mean,linear,spreading"]  # those that take seconds

@@ -251,9 +251,12 @@ def test_one_image_of_each_class_classifies_and_tells_no_score(encoder, folders,
 def test_mistakes_get_a_line(encoder, folders, tmp_path, user_error):
     new, labelled = folders / "new", folders / "labelled"
     (tmp_path / "empty").mkdir()
+    for part in ("train", "test"):
+        shutil.copytree(labelled, tmp_path / "split" / part)
     for words, arguments in (
         (("060.png", "in no folder of a class"), (new, new)),
         (("digit 1", "takes two"), (folders / "one", new)),
+        (("test, train", "give one of them"), (tmp_path / "split", new)),
         (("nowhere",), (tmp_path / "nowhere", new)),
         (("empty", "no images"), (labelled, tmp_path / "empty")),
         (("--duplicates", "0"), (labelled, new, "--duplicates", "0")),

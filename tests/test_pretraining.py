@@ -830,7 +830,7 @@ def test_few_test_images_are_said_to_tell_little(tmp_path, capsys, tested):
     stages = {"first": lambda *arguments: {"knn_accuracy": 0.5}}
     experiment(config, dataclasses.replace(data, test=test), stages)
     error = np.random.default_rng(0).binomial(tested, 0.5, 100_000).std() / tested
-    line = f"of {tested} test images an accuracy is known to ± {200 * error:.0f} points\n"
+    line = f"{tested} test images: an accuracy is known to ± {200 * error:.0f} points at worst\n"
     assert (line in capsys.readouterr().out) == (tested == 16)
 
 
