@@ -596,8 +596,8 @@ def run_experiment(
             raise UserError(f"{path} is damaged: {error!r}") from error
         if "knn_accuracy" in summary and len(data.test) < 1000:
             points = 100 / math.sqrt(len(data.test))  # two standard errors of an accuracy of a half
-            words = f"an accuracy is known to ± {points:.0f} points at worst"
-            print(f"{len(data.test)} test images: {words}")
+            known = f"known to ± {points:.0f} points at worst"
+            print(f"{len(data.test)} test images: an accuracy is {known}")
         if data.classes:
             words = ["few_labels.py", str(run.folder)]
             words += ["--methods", "mean,linear,spreading"]  # those that take seconds
