@@ -29,7 +29,7 @@ from torch import Tensor
 
 import embed
 import functions
-from support import figures, files, frozen, graphs, neighbours, runs
+from support import figures, files, frozen, graphs, neighbours, runs, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import Parser
@@ -150,11 +150,8 @@ def cross_validate(predict: Predict, labels: Tensor, groups: Tensor) -> Tensor |
 
 def show_score(name: str, found: Tensor, labels: Tensor) -> float:
     """Print a method's accuracy by cross-validation, with Wilson's interval, and return it."""
-    from scipy import stats
-
-    right = int((found.argmax(1) == labels).sum())
-    low, high = stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
-    accuracy = right / len(labels)
+    accuracy = functions.accuracy(found.argmax(1), labels)
+    low, high = scores.accuracy_interval(accuracy, len(labels))
     print(f"  {name:<20}{accuracy:.1%} [{low:.1%}, {high:.1%}]".replace("%", " %"))
     return accuracy
 
@@ -262,17 +259,17 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
     wanted = METHODS if parsed.method is None else [parsed.method]
     methods = {key: METHODS[key][1](features, labels) for key in wanted}
     found = {key: cross_validate(predict, labels, groups) for key, predict in methods.items()}
-    scores = {
+    accuracies = {
         key: show_score(METHODS[key][0], likely, labels)
         for key, likely in found.items()
         if likely is not None
     }
-    if scores:
+    if accuracies:
         share = float(labels.bincount().max()) / len(labels)
         print(f"  the commonest class {100 * share:.1f} %")
     else:
         print("  unknown: it takes two images of a class that are no near-duplicates")
-    chosen = parsed.method or max(scores, key=scores.__getitem__, default="linear")
+    chosen = parsed.method or max(accuracies, key=accuracies.__getitem__, default="linear")
     print(f"classified by {METHODS[chosen][0]}")
 
     likely = methods[chosen](known, others)  # (N, K)
@@ -296,7 +293,7 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
         files.write_csv(output / "labelled.csv", rows)
         plot_labelled(output / "labelled.png", labelled, classes, labels, checked, channels)
     runs.print_folder(output)
-    return scores
+    return accuracies
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from support import (
     progress,
     report,
     runs,
+    scores,
     settings,
     verdict,
 )
@@ -594,10 +595,10 @@ def run_experiment(
         except (LookupError, TypeError, ValueError) as error:
             path = run.folder / "summary.json"
             raise UserError(f"{path} is damaged: {error!r}") from error
-        if "knn_accuracy" in summary and len(data.test) < 1000:
-            points = 100 / math.sqrt(len(data.test))  # two standard errors of an accuracy of a half
-            known = f"known to ± {points:.0f} points at worst"
-            print(f"{len(data.test)} test images: an accuracy is {known}")
+        if "linear_probe_accuracy" in summary and len(data.test) < 1000:
+            count, found = len(data.test), summary["linear_probe_accuracy"]
+            low, high = scores.accuracy_interval(found, count)
+            print(f"{count} test images tell: {low:.1%} to {high:.1%} in the linear probe (95 %)")
         if data.classes:
             words = ["few_labels.py", str(run.folder)]
             words += ["--methods", "mean,linear,spreading"]  # those that take seconds

@@ -70,6 +70,13 @@ def summarize(rows: Rows, start_seconds: dict[str, float]) -> list[dict[str, Any
     return scores
 
 
+def accuracy_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy of so many images, in [0, 1] (Wilson 1927)."""
+    from scipy import stats
+
+    return stats.binomtest(round(accuracy * count), count).proportion_ci(method="wilson")
+
+
 def find_differences(rows: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]:
     """What each name has over the best of its rivals for so many labels, in accuracy.
 
