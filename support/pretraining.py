@@ -598,7 +598,8 @@ def run_experiment(
         if "linear_probe_accuracy" in summary and len(data.test) < 1000:
             count, found = len(data.test), summary["linear_probe_accuracy"]
             low, high = scores.accuracy_interval(found, count)
-            print(f"{count} test images tell: {low:.1%} to {high:.1%} in the linear probe (95 %)")
+            interval = f"{low:.1%} to {high:.1%}"
+            print(f"the linear probe's 95 % interval, of {count} test images, is {interval}")
         if data.classes:
             words = ["few_labels.py", str(run.folder)]
             words += ["--methods", "mean,linear,spreading"]  # those that take seconds

@@ -831,7 +831,8 @@ def test_few_test_images_are_said_to_tell_little(tmp_path, capsys, tested):
     experiment(config, dataclasses.replace(data, test=test), stages)
     # Wilson's interval holds the accuracies from which 0.75 is 1.96 standard errors away at most.
     within = [p for p in np.linspace(0, 1, 10_001) if (p - 0.75) ** 2 <= 3.8415 * p * (1 - p) / 16]
-    line = f"16 test images tell: {within[0]:.1%} to {within[-1]:.1%} in the linear probe (95 %)\n"
+    interval = f"{within[0]:.1%} to {within[-1]:.1%}"
+    line = f"the linear probe's 95 % interval, of 16 test images, is {interval}\n"
     assert (line in capsys.readouterr().out) == (tested == 16)
 
 
