@@ -190,12 +190,13 @@ def test_few_labels_are_what_was_measured():
     ("data", "heading", "counts"),
     [
         ("fashion", "## Results", ("10", "100", "1,000")),
+        ("methods", "### Encoders of three methods", ("10", "40", "100", "250", "1,000", "4,000")),
         ("cifar", "## CIFAR-10", ("100", "1,000", "4,000")),
     ],
 )
 def test_few_labels_together_are_what_was_measured(data, heading, counts):
     names = {"pixels": ["pixels"], "SimSiam": ["3 runs of simsiam"], "all three": ["all 3 runs"]}
-    names["SimCLR"] = ["3 runs of simclr"]
+    names |= {name: [f"3 runs of {name.lower()}"] for name in ("SimCLR", "MoCo")}
     with (ROOT / f"docs/results/few-labels/{data}-scores.csv").open() as file:
         scores = {(row["name"], f"{int(row['labels']):,}"): row for row in csv.DictReader(file)}
     said = {
