@@ -16,7 +16,7 @@ from common import ROOT
 
 import classify
 import functions
-from support import datasets, devices, frozen
+from support import datasets, frozen
 from support.errors import require
 from support.runs import exit_cleanly
 
@@ -32,6 +32,7 @@ def main() -> None:
     require(len(sys.argv) == 2, "name the folder of a finished run")
     encoder = frozen.load_encoder(Path(sys.argv[1]), "cpu")
     about = encoder.record
+    require("dataset" in about, f"{sys.argv[1]} has no config.json that names its images")
     data_dir = ROOT / about.get("data_dir", "data")
     data = functions.load_images(about["dataset"], data_dir, encoder.size, None, encoder.rules)
     split = data.train.select(functions.fixed_permutation(len(data.train))[:3000])
@@ -44,7 +45,6 @@ def main() -> None:
         for each in (3, 10, 20):
             scores: dict[str, list[float]] = {name: [] for name in METHODS}
             for draw in range(8):
-                devices.seed_everything(draw)
                 known = datasets.draw_labels(labels, each * len(data.classes), (0, draw))
                 rest = torch.ones(size, dtype=torch.bool)
                 rest[known] = False
