@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import embed
+import encoded
 import functions
-from support import figures, files, frozen, graphs, neighbours, runs, scores
+from support import figures, files, graphs, neighbours, runs, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import Parser
@@ -157,7 +157,7 @@ def show_score(name: str, found: Tensor, labels: Tensor) -> float:
 
 
 def plot_classes(
-    path: Path, mine: embed.Collection, classes: Sequence[str], likely: Tensor, channels: int
+    path: Path, mine: encoded.Collection, classes: Sequence[str], likely: Tensor, channels: int
 ) -> None:
     """Draw the images that are surest of their class, and the least sure, of a dozen classes."""
     confidence, guesses = likely.max(1)  # (N,)
@@ -177,7 +177,7 @@ def plot_classes(
 
 def plot_labelled(
     path: Path,
-    labelled: embed.Collection,
+    labelled: encoded.Collection,
     classes: Sequence[str],
     labels: Tensor,
     found: Tensor,
@@ -216,18 +216,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("encoder", type=Path, help="run folder, or an encoder.safetensors")
     add("labelled", type=Path, help="a few images, in a folder for each class")
     add("folder", type=Path, help="images to classify, in folders of any depth")
-    add("--output", type=Path, help="folder to write [results/classify/<run>-<folder name>]")
     text = "method that classifies [that which cross-validation finds better]"
     add("--method", choices=tuple(METHODS), help=text)
-    text = "similarity of labelled images that are left out together [0.99]"
-    add("--duplicates", type=float, default=0.99, metavar="X", help=text)
-    add("--strict", action="store_true", help="stop at the first image that cannot be read")
-    add("--data-dir", type=Path, help="for the cache [the run's]")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[auto]")
+    encoded.add_flags(parser, "classify")
     parsed = parser.parse_args(arguments)
-    require(0 < parsed.duplicates <= 1, f"--duplicates must be in (0, 1], not {parsed.duplicates}")
-    for folder in (parsed.labelled, parsed.folder):
-        require(folder.is_dir(), f"there is no folder {folder}")
+    require(parsed.labelled.is_dir(), f"there is no folder {parsed.labelled}")
     return parsed
 
 
@@ -239,14 +232,10 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
             or with `--strict` an image that cannot be read.
     """
     parsed = parse(arguments)
-    encoder = frozen.load_encoder(parsed.encoder, parsed.device)
-    name = parsed.folder.resolve().name
-    output: Path = parsed.output or Path("results/classify", f"{encoder.name}-{name}")
-    files.check_new_folder(output)
-    data_dir = parsed.data_dir or Path(encoder.record.get("data_dir", "data"))
-    labelled = embed.read_folder(encoder, parsed.labelled, data_dir, parsed.strict)
+    encoder, output, data_dir = encoded.open_encoder(parsed, "classify")
+    labelled = encoded.read_folder(encoder, parsed.labelled, data_dir, parsed.strict)
     classes, labels = read_classes(labelled.names.tolist(), parsed.labelled)
-    mine = embed.read_folder(encoder, parsed.folder, data_dir, parsed.strict)
+    mine = encoded.read_folder(encoder, parsed.folder, data_dir, parsed.strict)
 
     features = torch.cat([labelled.features, mine.features])
     centre, spread = functions.feature_statistics(features)

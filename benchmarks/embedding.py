@@ -3,8 +3,8 @@
     python benchmarks/embedding.py
     python benchmarks/embedding.py --images 1000       # seconds
 
-`ours` is embed.py's `extract` on a memory-mapped cache of images. `encoder_alone` is given the same
-images in steps of the same size, as normalised float tensors that are there before the clock
+`ours` is encoded.py's `extract` on a memory-mapped cache of images. `encoder_alone` is given the
+same images in steps of the same size, as normalised float tensors that are there before the clock
 starts: no faster way to the features is possible with this encoder. Both run in turns, untrained.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import in_turns, report
 
-import embed
+import encoded
 import functions
 from support import datasets, decoding, devices, encoders, frozen
 
@@ -52,7 +52,7 @@ def main() -> None:
                     network(part)
 
         ways = {
-            "ours": lambda: embed.extract(encoder, images, torch.arange(count), "noise"),
+            "ours": lambda: encoded.extract(encoder, images, torch.arange(count), "noise"),
             "encoder_alone": encoder_alone,
         }
         seconds = in_turns(ways, arguments.rounds)

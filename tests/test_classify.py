@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
 import classify
-import embed
+import encoded
 import functions
 from support import checkpoints, datasets, devices, encoders
 
@@ -129,7 +129,7 @@ def test_an_image_is_none_of_its_nearest_also_if_there_are_copies(tmp_path, monk
     features = torch.eye(12, 16)[torch.arange(12) // 4]  # four copies each
     images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
     names = np.array([f"a/{i}.png" for i in range(12)])
-    labelled = embed.Collection(names, images, torch.arange(12), features)
+    labelled = encoded.Collection(names, images, torch.arange(12), features)
     labels, found = torch.arange(12) % 2, torch.full((12, 2), 0.5)
     classify.plot_labelled(tmp_path / "a.png", labelled, ("a", "b"), labels, found, channels=3)
     (own, _), (others, _) = drawn.values()

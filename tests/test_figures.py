@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 import classify
 import compare
-import embed
+import encoded
 import functions
 import label_free
 import rnn
@@ -109,7 +109,7 @@ def draw_doubts(path):
     labels = torch.arange(40) % 10
     images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
     names = np.array([f"{functions.FASHION_MNIST_CLASSES[i]}/{LONG}.png" for i in labels])
-    labelled = embed.Collection(names, images, torch.arange(40), torch.randn(40, 16))
+    labelled = encoded.Collection(names, images, torch.arange(40), torch.randn(40, 16))
     found = torch.rand(40, 10).softmax(1)
     names = functions.FASHION_MNIST_CLASSES
     classify.plot_labelled(path, labelled, names, labels, found, channels=3)
