@@ -29,7 +29,7 @@ from torch import Tensor
 
 import encoded
 import functions
-from support import figures, files, graphs, neighbours, runs, scores
+from support import figures, files, graphs, neighbours, progress, runs, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import Parser
@@ -140,11 +140,13 @@ def cross_validate(predict: Predict, labels: Tensor, groups: Tensor) -> Tensor |
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
         splits = list(splitter.split(labels, labels, groups))
-    for split in splits:
-        rest, left_out = map(torch.from_numpy, split)
-        if len(left_out):
-            likely = predict(rest, left_out)
-            found[left_out, : likely.shape[1]] = likely
+    with progress.bar(len(labels), "cross-validation") as bar:
+        for split in splits:
+            rest, left_out = map(torch.from_numpy, split)
+            if len(left_out):
+                likely = predict(rest, left_out)
+                found[left_out, : likely.shape[1]] = likely
+            bar.update(len(left_out))
     return found
 
 
@@ -159,9 +161,11 @@ def show_score(name: str, found: Tensor, labels: Tensor) -> float:
 def plot_classes(
     path: Path, mine: encoded.Collection, classes: Sequence[str], likely: Tensor, channels: int
 ) -> None:
-    """Draw the images that are surest of their class, and the least sure, of a dozen classes."""
+    """Draw the surest and the least sure images of each class, of the dozen largest."""
     confidence, guesses = likely.max(1)  # (N,)
-    present = guesses.unique()[:ROWS].tolist()
+    sizes = guesses.bincount(minlength=len(classes))  # (K,)
+    largest = sizes.argsort(descending=True, stable=True)[:ROWS]
+    present = [label for label in largest.sort().values.tolist() if sizes[label]]
     groups: dict[str, Any] = {"surest": ([], []), "least sure": ([], [])}
     for label in present:
         members = (guesses == label).nonzero()[:, 0]

@@ -139,6 +139,26 @@ def test_an_image_is_none_of_its_nearest_also_if_there_are_copies(tmp_path, monk
         assert set(near[:3, 0, 0, 0].tolist()) == copies - {i}
 
 
+def test_of_many_classes_the_dozen_largest_are_drawn_the_surest_images_first(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(classify.figures, "plot_sheet", lambda *arguments: drawn.extend(arguments))
+    sizes = torch.tensor([3, 20, 4, 5, 6, 7, 0, 8, 9, 10, 11, 12, 13, 14, 2])
+    guesses = torch.arange(15).repeat_interleave(sizes)
+    confidence = torch.linspace(0.5, 0.9, len(guesses))
+    likely = F.one_hot(guesses, 15) * confidence[:, None]
+    places = torch.arange(len(guesses))
+    images = places.to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+    mine = encoded.Collection(places.numpy().astype(str), images, places, torch.zeros(len(places)))
+    classify.plot_classes(Path("a.png"), mine, "abcdefghijklmno", likely, channels=1)
+    _, names, groups, _ = drawn
+    assert "".join(names) == "bcdefhijklmn"  # not a, g or o
+    (surest, sure), (doubtful, unsure) = groups.values()
+    assert sure[0] == [f"{value:.3f}" for value in confidence[guesses == 1].flip(0)[:5].tolist()]
+    assert unsure[0] == [f"{value:.3f}" for value in confidence[guesses == 1][:5].tolist()]
+    assert surest[0][:, 0, 0, 0].tolist() == [22, 21, 20, 19, 18]
+    assert doubtful[0][:, 0, 0, 0].tolist() == [3, 4, 5, 6, 7]
+
+
 def test_what_is_left_out_is_left_out_with_its_duplicates_and_once():
     labels = torch.tensor([0, 1, 2] * 15)
     groups = torch.arange(45) // 9 * 9 + torch.arange(45) % 3  # three images of a class each
