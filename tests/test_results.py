@@ -175,6 +175,14 @@ def test_simsiams_pilots_are_what_was_measured():
         assert row["kNN"] == f"{float(score['knn_accuracy']):.1%}".replace("%", " %")
 
 
+def test_twice_as_many_epochs_of_simsiam_bring_what_was_measured():
+    [runs] = measured("simsiam-fashion-mnist-46-epochs")
+    _, linear, knn, few_labels, *_ = shown(runs)
+    said = f"{linear} % in the linear probe, {knn} % by kNN and {few_labels} % from 10 labels"
+    assert said in (ROOT / "docs/results.md").read_text()
+    assert {(run.settings["epochs"], run.settings["learning_rate"]) for run in runs} == {(46, 1.6)}
+
+
 def test_few_labels_are_what_was_measured():
     summary = json.loads((ROOT / "docs/results/simsiam-fashion-mnist/summary.json").read_text())
     rows = table("docs/few_labels.md", "## The older study")
