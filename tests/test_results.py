@@ -276,11 +276,37 @@ def test_the_winners_of_the_sweeps_are_what_was_measured():
             )
 
 
+def folder_labels():
+    """What benchmarks/folder_labels.py printed, as lines, for digits, FashionMNIST and CIFAR-10."""
+    text = (ROOT / "docs/results/folder-labels.txt").read_text()
+    return [part.splitlines() for part in text.split("$ ")[1:]]
+
+
+def test_how_far_to_trust_cross_validation_and_groups_is_what_was_measured():
+    text = " ".join((ROOT / "docs/own_images.md").read_text().split())
+    gaps, spreads, shares = {}, [], []
+    for part in folder_labels():
+        start = next(i for i, line in enumerate(part) if line.startswith("accuracy by cross"))
+        for line in part[start + 1 : start + 4]:
+            name, cells = line.split(": ")
+            gap, spread = map(float, cells.split(", ")[2].split(" ± "))
+            gaps.setdefault(name == "the better one", []).append(gap)
+            spreads.append(spread)
+        shares.append(round(float(part[start + 4].split(": ")[1].split(" ± ")[0])))
+    assert f"up to {max(gaps[True])} points above the accuracy" in text
+    assert min(gaps[True]) >= 0
+    assert f"a given method's up to {-min(gaps[False])} below" in text
+    assert max(gaps[False]) <= 0
+    assert [round(min(spreads)), round(max(spreads))] == [2, 6]
+    assert "off by two to six points" in text
+    assert "{} % of the digits, {} % of FashionMNIST and {} % of CIFAR-10".format(*shares) in text
+
+
 def test_the_classes_of_small_folders_are_what_was_measured():
-    parts = (ROOT / "docs/results/folder-labels.txt").read_text().split("$ ")[1:]
+    _, *parts = folder_labels()
     said = table("docs/own_images.md", "all in `docs/results/folder-labels.txt`):")
     for data, part in zip(("FashionMNIST", "CIFAR-10"), parts, strict=True):
-        _, head, *lines = part.splitlines()
+        _, head, *lines = part[: len(said) + 2]
         names = head.split(": ")[1].split(", ")
         places = names.index("logistic regression"), names.index("spreading 20 0.9")
         for row, line in zip(said, lines, strict=True):
