@@ -17,6 +17,8 @@ which `--symmetric` takes the mean; `--learning-rate 0.06 --weight-decay 2.5e-4`
 
 Differences from the paper, as in the demo: the stem of CIFAR-10, no blur, a shorter queue that a
 faster key encoder fills, and BatchNorm over parts of the batch instead of a GPU's share of it.
+Unlike the demo's, the queue begins with keys of images: one direction tells all images from random
+vectors, and a short training stays there.
 """
 
 from __future__ import annotations
@@ -295,7 +297,7 @@ def pretrain(
 
     for epoch in training.epochs():
         shuffling = devices.epoch_generator(config.seed, epoch, fabric.device, devices.KEY_ORDER)
-        if epoch == 0:  # the queue gets keys of the first batches of an epoch that never comes
+        if epoch == 0:  # Fill the queue with keys of batches of the epoch after the last.
             fill = math.ceil(config.queue_size / config.batch_size)
             for _, images, generator in itertools.islice(training.batches(config.epochs), fill):
                 model.enqueue(make_keys(make_view(images, 0, generator), shuffling))
