@@ -17,11 +17,14 @@ which `--symmetric` takes the mean; `--learning-rate 0.06 --weight-decay 2.5e-4`
 
 Differences from the paper, as in the demo: the stem of CIFAR-10, no blur, a shorter queue that a
 faster key encoder fills, and BatchNorm over parts of the batch instead of a GPU's share of it.
+Unlike the demo's, the queue begins with keys of images: one direction tells all images from random
+vectors, and a short training stays there.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import datasets, devices, pretraining, runs, settings, verdict
+from support import augment, datasets, devices, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -281,24 +284,31 @@ def pretrain(
             f"--queue-size {config.queue_size} is more than the {len(data.train)} images: each is "
             "among its own negatives; take a smaller one"
         )
+
+    def make_view(images: Tensor, epoch: int, generator: augment.Generator) -> Tensor:
+        drawn = pretraining.draw_views(images, config, generator)
+        view = data.train.normalize(apply_views(images, drawn, config.view_side(epoch)))
+        return view.contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
+
+    def make_keys(view: Tensor, shuffling: torch.Generator) -> Tensor:
+        order = torch.randperm(config.batch_size, generator=shuffling, device=view.device)
+        with fabric.autocast():
+            return encode_keys(key_network, view, order, training.share)  # (B, D)
+
     for epoch in training.epochs():
         shuffling = devices.epoch_generator(config.seed, epoch, fabric.device, devices.KEY_ORDER)
+        if epoch == 0:  # Fill the queue with keys of batches of the epoch after the last.
+            fill = math.ceil(config.queue_size / config.batch_size)
+            for _, images, generator in itertools.islice(training.batches(config.epochs), fill):
+                model.enqueue(make_keys(make_view(images, 0, generator), shuffling))
         for step, images, generator in training.batches(epoch):
             optimizer.param_groups[0]["lr"] = training.rate(rate, step)
-            pair = []
-            for _ in range(2):
-                drawn = pretraining.draw_views(images, config, generator)
-                view = data.train.normalize(apply_views(images, drawn, config.view_side(epoch)))
-                pair.append(view.contiguous(memory_format=torch.channels_last))
-            x1, x2 = pair  # (b, C, H, W) each
+            x1, x2 = (make_view(images, epoch, generator) for _ in range(2))
             if step == 0 and fabric.is_global_zero:
-                functions.plot_views(run.folder / "views.png", images, torch.cat(pair), data.train)
+                views = torch.cat([x1, x2])
+                functions.plot_views(run.folder / "views.png", images, views, data.train)
             query_views, key_views = ((x1, x2), (x2, x1)) if config.symmetric else ((x1,), (x2,))
-            keys = []
-            for view in key_views:
-                order = torch.randperm(config.batch_size, generator=shuffling, device=view.device)
-                with fabric.autocast():
-                    keys.append(encode_keys(key_network, view, order, training.share))  # (B, D)
+            keys = [make_keys(view, shuffling) for view in key_views]  # (B, D) each
             q = network(*query_views)  # (b, D); symmetric (2b, D), whose loss is the mean of both
             k = torch.cat([part[training.share.part] for part in keys])  # (b, D) or (2b, D), as q
             loss = loss_function(q, k, model.queue, config.temperature)

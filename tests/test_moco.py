@@ -278,24 +278,36 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, s
     weights, followers = ([w for m in modules for w in m.parameters()] for modules in (query, key))
     speeds = [torch.zeros_like(weight) for weight in weights]
     kept, losses, peak, size = list(unit(queue, 6)), [], 0.5 * 8 / 256, 8 // splits
+
+    def make_view(images, generator):
+        view = pretraining.crop_views(images, config, generator)
+        return (view - mean[:, None, None]) / std[:, None, None]
+
+    def make_keys(view, shuffling):
+        shuffled = torch.randperm(8, generator=shuffling)
+        k = torch.empty(8, 6).double()
+        k[shuffled] = in_parts(*key, view[shuffled], size).detach()
+        return list(k / k.norm(dim=1, keepdim=True))
+
+    first = devices.epoch_generator(7, 0, stream=5)
+    drawn = devices.epoch_generator(7, 3, stream=1)  # after the last epoch
+    order = torch.randperm(28, generator=devices.epoch_generator(7, 3))
+    for index in order[:24].split(8)[: math.ceil(queue / 8)]:  # an epoch has three batches
+        kept = (kept + make_keys(make_view(data.train.images[index], drawn), first))[8:]
     for epoch in range(3):
         order = torch.randperm(28, generator=devices.epoch_generator(7, epoch))
         generator = devices.epoch_generator(7, epoch, stream=1)
-        shuffling = devices.epoch_generator(7, epoch, stream=5)
+        shuffling = devices.epoch_generator(7, epoch, stream=5) if epoch else first
         for step in range(3):
             images = data.train.images[order[8 * step : 8 * step + 8]]
-            x1, x2 = (pretraining.crop_views(images, config, generator) for _ in range(2))
-            x1, x2 = ((x - mean[:, None, None]) / std[:, None, None] for x in (x1, x2))
+            x1, x2 = (make_view(images, generator) for _ in range(2))
             pairs = [(x1, x2), (x2, x1)] if symmetric else [(x1, x2)]
             loss, new = 0.0, []
             for x_query, x_key in pairs:
-                shuffled = torch.randperm(8, generator=shuffling)
-                k = torch.empty(8, 6).double()
-                k[shuffled] = in_parts(*key, x_key[shuffled], size).detach()
-                k = k / k.norm(dim=1, keepdim=True)
+                k = make_keys(x_key, shuffling)
                 q = in_parts(*query, x_query, size)
-                loss = loss + papers_loss(q, k, kept, 0.3) / len(pairs)
-                new += list(k)
+                loss = loss + papers_loss(q, torch.stack(k), kept, 0.3) / len(pairs)
+                new += k
             for weight in weights:
                 weight.grad = None
             loss.backward()
@@ -377,7 +389,7 @@ def finished(tmp_path_factory):
         return np.arange(2.0 * len(features)).reshape(-1, 2)
 
     values = {"dataset": "digits", "epochs": 3, "batch_size": 128, "probe_epochs": 20}
-    values |= {"bn_splits": 8, "queue_size": 512, "projection_size": 64, "finetune_epochs": 1}
+    values |= {"bn_splits": 8, "queue_size": 512, "projection_size": 64, "finetune_epochs": 2}
     values |= {"stages": "pretrain,probe,embed,finetune", "precision": "auto"}
     config = small_config(**values, output_dir=str(folder), name="run")
     with pytest.MonkeyPatch.context() as patch:
