@@ -10,6 +10,7 @@ import sys
 import pytest
 import threadpoolctl
 import torch
+from pictures import unrendered
 
 from support.errors import UserError
 
@@ -74,6 +75,13 @@ def run_here(signals):
         return subprocess.CompletedProcess(command, code)
 
     return run
+
+
+@pytest.fixture
+def unrendered_pictures():
+    """For a test of a whole run that looks at no picture."""
+    with unrendered():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import unrendered
 from torch import nn
 
 import functions
@@ -81,7 +82,8 @@ def train(module, data, folder, fabric, scale=1, **changes):
     folder.mkdir(parents=True)
     pretraining.Pretraining.record = spy
     try:
-        module.pretrain(model, data, config, runs.Run(folder), fabric)
+        with unrendered():
+            module.pretrain(model, data, config, runs.Run(folder), fabric)
     finally:
         pretraining.Pretraining.record = record
     state = model.state_dict()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from image_folders import needs_names_of_bytes
+from pictures import unrendered
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
@@ -62,7 +63,8 @@ def trained(request, tmp_path_factory, digits):
             device="cpu",
             precision=precision,
         )
-        simclr.main(config)
+        with unrendered():
+            simclr.main(config)
         run = home / "results" / "simclr" / "run"
         tests = write_digits(home / "images" / "seen later", digits.test, range(40))
         training = write_digits(home / "images" / "seen", digits.train, range(5))
@@ -117,6 +119,7 @@ def test_features_are_those_of_the_runs_evaluation(trained, embedded):
         assert np.array_equal(features, part[position(path)])
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 @pytest.mark.parametrize("trained", ["bfloat16"], indirect=True)
 def test_without_units_for_bfloat16_it_is_not_emulated(trained, digits, tmp_path, monkeypatch):
     # An encoder of a GPU on a laptop: emulated, the same features take ten times as long.
@@ -137,6 +140,7 @@ def test_without_units_for_bfloat16_it_is_not_emulated(trained, digits, tmp_path
     assert torch.equal(probe["mean"], functions.feature_statistics(bank)[0])
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 @each_precision
 @pytest.mark.parametrize("count", [1, 2, 3, 501])
 def test_features_do_not_depend_on_how_many_images_there_are(
@@ -226,6 +230,7 @@ def test_training_images_in_the_folder_are_found_out(embedded, capsys):
         assert row["training_similarity"] == "1.00000"
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_fewer_neighbours_are_written_when_so_many_are_asked_for(trained, tmp_path):
     flags = ("--neighbours", "2", "--no-training")
     found = start(trained.run, trained.images, tmp_path / "out", *flags)
@@ -234,6 +239,7 @@ def test_fewer_neighbours_are_written_when_so_many_are_asked_for(trained, tmp_pa
     assert {row["training_neighbour"] for row in found.images} == {""}
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_near_duplicates_name_the_first_of_them(trained, digits, tmp_path):
     write_digits(tmp_path / "in", digits.test, range(30))
     original = f"{digits.test.labels[7]}/007.png"
@@ -531,6 +537,7 @@ def copy_without(trained, folder, *facts, **record):
     return folder
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_older_run_is_read_with_its_config(trained, embedded, tmp_path, user_error):
     old = copy_without(trained, tmp_path / "old", "size", "computed_in")
     (old / "probe.safetensors").unlink()
@@ -548,6 +555,7 @@ MISSING = {
 }
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 @pytest.mark.parametrize(("record", "word"), MISSING.values(), ids=MISSING)
 def test_training_images_that_are_gone_are_left_out(trained, tmp_path, capsys, record, word):
     run = copy_without(trained, tmp_path / "old", **record)
@@ -557,6 +565,7 @@ def test_training_images_that_are_gone_are_left_out(trained, tmp_path, capsys, r
     assert {row["where"] for row in found.neighbours} == {"folder"}
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_training_images_without_labels_are_those_of_all_folders(trained, tmp_path, capsys):
     rules = decoding.PixelRules(channels=1)
     where = (str(trained.images), tmp_path / "data", 8, None, rules)
@@ -569,6 +578,7 @@ def test_training_images_without_labels_are_those_of_all_folders(trained, tmp_pa
         assert row["training_neighbour"] == row["path"]
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 @pytest.mark.parametrize("record", [{"model": ["ResNet"]}, {"dataset": 5, "image_size": 8}])
 def test_a_config_json_of_another_program_is_no_record(trained, tmp_path, capsys, record):
     run = copy_without(trained, tmp_path / "run")
@@ -579,6 +589,7 @@ def test_a_config_json_of_another_program_is_no_record(trained, tmp_path, capsys
     assert {row["where"] for row in found.neighbours} == {"folder"}
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_neighbours_are_looked_for_where_the_run_was_trained(trained, digits, tmp_path):
     rest = digits.with_validation_split()
     record = {"evaluate_on": "validation", "data": rest.fingerprint()}

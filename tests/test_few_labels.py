@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unrendered
 from PIL import Image
 from scipy import stats
 from sklearn.neighbors import NearestCentroid
@@ -254,7 +255,8 @@ def pretrained(tmp_path_factory):
     for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"batch_size": 128}}.items():
         values = {"dataset": "digits", "epochs": 1, "batch_size": 256, "knn_every": 0}
         values |= {"stages": "pretrain", "name": name, "output_dir": str(folder), "device": "cpu"}
-        simsiam.main(simsiam.Config(**(values | changes)))
+        with unrendered():
+            simsiam.main(simsiam.Config(**(values | changes)))
     return {name: str(folder / "simsiam" / name) for name in "abc"}
 
 
@@ -329,6 +331,7 @@ def test_runs_that_differ_in_their_seed_are_one_line(finished):
     assert not any("simsiam/b" in row["name"] for row in rows)
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_a_comparison_that_was_stopped_does_what_is_missing(finished, tmp_path, monkeypatch):
     config, _, folder = finished
     config = dataclasses.replace(config, output_dir=str(tmp_path), methods="scratch,linear,mlp")
@@ -478,6 +481,7 @@ def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, us
             assert float(row["minutes"]) >= both / 60
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_a_resumed_comparison_keeps_its_runs_and_takes_more(pretrained, tmp_path, user_error):
     a, b, c = pretrained.values()
     config = make_config(tmp_path, runs=(a, b), dataset="digits", methods="linear", together=True)

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from image_folders import write_image
+from pictures import unrendered
 
 import simclr
 from support import settings
@@ -18,7 +19,8 @@ def run(home, **changes):
     values = {"output_dir": str(home / "results"), "data_dir": str(home / "data"), "name": "run"}
     values |= {"encoder": "small", "epochs": 1, "batch_size": 256, "knn_every": 0}
     values |= {"probe_epochs": 2, "device": "cpu", "precision": "float32"}
-    simclr.main(simclr.Config(**{**values, **changes}))
+    with unrendered():
+        simclr.main(simclr.Config(**{**values, **changes}))
     folder = home / "results" / "simclr" / "run"
     text = (folder / "MODEL_CARD.md").read_text()
     part = re.search(r"^## Evaluation\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]

@@ -33,6 +33,7 @@ def test_the_first_steps_can_be_taken(monkeypatch):
     assert "± " in cells[-1].outputs[0].text
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_main_can_be_called_again_after_an_error(tmp_path, monkeypatch, capfd):
     config = simclr.Config(
         dataset="digits",

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pictures import unrendered
 from PIL import Image
 
 import compare
@@ -39,7 +40,8 @@ def finished(tmp_path_factory):
     """Copies of the three runs, gone on with to their end, and what their `main` returned."""
     home = tmp_path_factory.mktemp("runs")
     shutil.copytree(RUNS, home, dirs_exist_ok=True)
-    return home, {script: go_on(script, home / script) for script in UNFINISHED}
+    with unrendered():
+        return home, {script: go_on(script, home / script) for script in UNFINISHED}
 
 
 @pytest.mark.parametrize("script", UNFINISHED)
@@ -61,6 +63,7 @@ def test_an_unfinished_run_goes_on_to_its_end(finished, script):
     assert summaries[script][loss] == pytest.approx(expected[loss], rel=0.05)
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_a_finished_run_is_evaluated_again(tmp_path):
     shutil.copytree(RUNS / "simclr", tmp_path / "run")
     (tmp_path / "run" / "probe.safetensors").unlink()
@@ -91,6 +94,7 @@ def test_old_runs_are_compared(finished):
     assert shown[2]["test %"] == f"{100 * summaries['rnn']['gru_test_accuracy']:.1f}"
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_an_old_encoder_embeds(finished, tmp_path):
     home, _ = finished
     test = functions.load_images("digits").test

@@ -402,6 +402,7 @@ def is_sweep(path):
     return (path.parent / "best.json").exists()
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_a_result_is_reproduced(tmp_path, monkeypatch, capsys, run_here):
     # A short result of a version whose default of --patience was another, and without --dropout.
     result = {"script": "rnn", "dataset": "digits", "cells": "rnn", "epochs": 1, "seed": 7}

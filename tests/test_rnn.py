@@ -459,11 +459,13 @@ def test_the_last_epoch_is_reported_and_not_the_best(tmp_path, monkeypatch):
     assert summary["gru_final_loss"] == float(rows[-1]["train_loss"])
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_it_learns(tmp_path):
     config = small_config(tmp_path, hidden_size=64, epochs=15, augmentation="none")
     assert rnn.main(config)["gru_test_accuracy"] > 0.85
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 @pytest.mark.parametrize(("cell", "schedule"), [("rnn", "plateau"), ("gru", "cosine")])
 def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, cell, schedule):
     config = small_config(

@@ -647,6 +647,7 @@ def table(folder):
     return columns
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_tensorboard_has_the_numbers_of_a_pretraining_that_was_stopped(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     values = {"encoder": "small", "stages": "pretrain,probe", "epochs": 3, "batch_size": 256}
@@ -677,6 +678,7 @@ def test_tensorboard_has_the_numbers_of_a_pretraining_that_was_stopped(tmp_path,
     assert logged["final/few_label_accuracy_encoder/mean"] == {3: pytest.approx(few["mean"])}
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_tensorboard_has_the_numbers_of_each_cell(tmp_path):
     pytest.importorskip("tensorboard")
     values = {"dataset": "digits", "cells": "rnn,gru", "hidden_size": 8, "epochs": 2}
@@ -696,6 +698,7 @@ def test_tensorboard_has_the_numbers_of_each_cell(tmp_path):
         assert found[f"final/{cell}_test_accuracy"] == {2: accuracy}
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_tensorboard_has_the_trials_of_a_sweep(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setitem(tune.SPACE, "hidden_size", [8, 16, 32])

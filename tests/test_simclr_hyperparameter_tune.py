@@ -298,6 +298,7 @@ def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path)
     assert tune.audit_rows(trials, config) == []
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "batch_size": [256], "views": [2]})
     monkeypatch.setattr(tune, "BANK", 200)
