@@ -1,3 +1,4 @@
+import copy
 import csv
 import dataclasses
 import functools
@@ -19,12 +20,26 @@ from scipy import stats
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 from sklearn.semi_supervised import LabelSpreading
+from test_pretraining import compute_in_float64
 
 import classifiers
 import few_labels
 import functions
 import simsiam
-from support import checkpoints, datasets, files, graphs, neighbours, pool, report, scores, settings
+from support import (
+    augment,
+    checkpoints,
+    datasets,
+    devices,
+    encoders,
+    files,
+    graphs,
+    neighbours,
+    pool,
+    report,
+    scores,
+    settings,
+)
 from support.errors import UserError
 
 
@@ -81,6 +96,10 @@ def test_random_draws_are_nested_and_as_unbalanced_as_the_data():
 
 
 # ----------------------------------------------------------------------------- label spreading
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def small_graph(count=40, k=5):
@@ -156,6 +175,14 @@ def test_whitening_makes_all_kept_directions_equal():
     expected = F.normalize(u, dim=1)
     torch.testing.assert_close(bank @ bank.T, expected @ expected.T, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(queries, bank[:9])
+
+
+def test_whitening_raises_nothing_above_a_twentieth_of_the_largest():
+    u = torch.linalg.qr(torch.randn(200, 3, generator=seeded()))[0]
+    train = u * torch.tensor([100.0, 50.0, 1.0])
+    bank, _ = graphs.whiten(train, train[:1])
+    expected = F.normalize(u * torch.tensor([1.0, 1.0, 1 / 5]), dim=1)  # a fifth of a twentieth
+    torch.testing.assert_close(bank @ bank.T, expected @ expected.T, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------- the methods
@@ -242,6 +269,168 @@ def test_the_strong_view_differs_more_than_the_weak_one():
     assert strong.shape == images.shape
     assert 0 <= strong.min() <= strong.max() <= 1
     assert ((strong == 0.5).flatten(1).sum(1) >= 4).all()  # Cutout's grey square, cut at the border
+
+
+def test_the_weak_view_is_a_flip_and_a_shift_of_an_eighth():
+    image = torch.arange(1, 257).clamp(max=255).byte().view(1, 1, 16, 16)
+    config = few_labels.Config()
+    views = classifiers.augment_weakly(image.expand(800, -1, -1, -1), config, seeded())
+    places = {}
+    for turned in (image, image.flip(3)):
+        wide = F.pad(turned[0, 0], (2, 2, 2, 2))
+        for y in range(5):
+            for x in range(5):
+                places[wide[y : y + 16, x : x + 16].flatten().numpy().tobytes()] = 0
+    for view in views:
+        places[view.flatten().numpy().tobytes()] += 1  # no other key
+    counts = np.array(list(places.values()))  # 800 / 50 = 16 each, sd 4
+    assert len(counts) == 50
+    assert 1 <= counts.min() <= counts.max() < 40
+
+
+def test_the_strong_view_has_two_ops_of_a_random_strength_and_half_the_side_cut_out(monkeypatch):
+    magnitudes, sides = set(), set()
+
+    def rand_augment(images, ops, negative, magnitude):
+        assert ops.shape == negative.shape == (2, 2)
+        magnitudes.add(magnitude)
+        return images
+
+    cutout = augment.random_cutout
+    monkeypatch.setattr(classifiers, "augment_weakly", lambda images, *_: images)
+    monkeypatch.setattr(classifiers.randaugment, "rand_augment", rand_augment)
+    monkeypatch.setattr(
+        augment, "random_cutout", lambda i, side, g: sides.add(side) or cutout(i, side, g)
+    )
+    host, images = seeded(), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)
+    for _ in range(200):
+        classifiers.augment_strongly(images, few_labels.Config(), host, host)
+    assert magnitudes == set(range(3, 28))  # of 30: from 0.1 to 0.9
+    assert sides == {8}
+
+
+def digits_given(count, **changes):
+    """What a method on images gets: the first of the digits are labelled."""
+    data = functions.load_images("digits")
+    torch.manual_seed(0)
+    encoder = encoders.make_encoder("small", "cifar", 1, 8)
+    order = torch.randperm(len(data.train), generator=seeded(1))
+    chosen = order[:count]
+    images, test = (dataclasses.replace(part, labels=None) for part in (data.train, data.test))
+    values = {"images": images, "test": test, "chosen": chosen, "classes": 10, "encoder": encoder}
+    values |= {"fabric": devices.make_fabric("cpu", "float32"), "seed": 5}
+    about = given(labels=data.train.labels[chosen])
+    return dataclasses.replace(about, **(values | changes))
+
+
+def test_fixmatch_is_algorithm_1(monkeypatch):
+    compute_in_float64(monkeypatch)
+    config = few_labels.Config(
+        steps=3, unlabelled_ratio=2, threshold=0.2, fixmatch_rate=0.1, device="cpu"
+    )
+    mine = digits_given(30, config=config)
+    mine.encoder.double()
+    encoder = copy.deepcopy(mine.encoder)
+    torch.manual_seed(4)
+    layer = torch.nn.Linear(128, 10).double()
+    monkeypatch.setattr(classifiers.nn, "Linear", lambda *_: copy.deepcopy(layer))
+    found = classifiers.fixmatch(mine)
+
+    network = torch.nn.Sequential(encoder, layer).train()
+    weights = list(network.parameters())
+    speeds = [torch.zeros_like(weight) for weight in weights]
+    everyone, sure = mine.images.images, []
+    for step in range(3):
+        draw, host = (devices.epoch_generator(5, step, stream=stream) for stream in (5, 6))
+        known = torch.randint(30, (64,), generator=draw)
+        others = torch.randint(len(everyone), (128,), generator=draw)
+        x = classifiers.augment_weakly(everyone[mine.chosen[known]], config, draw)
+        weak = classifiers.augment_weakly(everyone[others], config, draw)
+        strong = classifiers.augment_strongly(everyone[others], config, draw, host)
+        batch = torch.cat([x / 255, weak / 255, strong])
+        z = network((batch - mine.images.mean) / mine.images.std)  # one pass of all (section 2.2)
+        q = z[64:192].detach().softmax(1)
+        mask = (q.max(1).values >= 0.2).float()
+        sure.append(mask.mean().item())
+        loss = F.cross_entropy(z[:64], mine.labels[known])
+        loss = loss + (mask * F.cross_entropy(z[192:], q.argmax(1), reduction="none")).mean()
+        rate = 0.1 * (1 + np.cos(np.pi * step / 3)) / 2
+        for weight, speed, gradient in zip(
+            weights, speeds, torch.autograd.grad(loss, weights), strict=True
+        ):
+            gradient = gradient + 5e-4 * weight.detach()
+            speed.mul_(0.9).add_(gradient)
+            weight.data -= rate * (gradient + 0.9 * speed)  # Nesterov's
+    assert min(sure) < 0.9
+    assert max(sure) > 0.1
+    torch.testing.assert_close(
+        mine.encoder.state_dict(), encoder.state_dict(), rtol=1e-8, atol=1e-8
+    )
+    with torch.no_grad():
+        z = network.eval()((mine.test.images / 255 - mine.test.mean) / mine.test.std)
+    assert (found == z.argmax(1)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "epochs", "rate", "decay"),
+    [
+        *[("scratch", 30, 7, 1e-3, 0), ("tuned", 30, 7, 1e-3, 0.01), ("tuned", 600, 4, 1e-3, 0.01)],
+        *[("finetune", 30, 7, 2e-4, 0.01), ("mlp", 30, 7, 1e-3, 0.01)],
+    ],
+)
+def test_each_training_has_its_settings(monkeypatch, method, count, epochs, rate, decay):
+    config = few_labels.Config(steps=7, finetune_rate=2e-4, crop_scale_min=0.5)
+    mine = digits_given(count, config=config)
+    if method == "mlp":
+        test, known = torch.randn(40, 6, generator=seeded()), torch.randn(count, 6)
+        mine = dataclasses.replace(mine, features={"known": known, "test": test})
+    calls = []
+
+    def train_classifier(classifier, optimizer, inputs, labels, prepare, *rest):
+        calls.append((classifier, inputs, prepare))
+        assert type(optimizer) is torch.optim.AdamW
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (rate, decay)
+        assert len(group["params"]) == len(list(classifier.parameters()))
+        assert all(weight.requires_grad for weight in classifier.parameters())
+        assert torch.equal(labels, mine.labels)
+        assert rest == (epochs, 5, mine.fabric)
+        classifier.train()
+        for layer in classifier.modules():
+            if hasattr(layer, "running_mean"):
+                torch.nn.init.uniform_(layer.running_mean)
+        return iter(())
+
+    monkeypatch.setattr(classifiers.supervised, "train_classifier", train_classifier)
+    found = classifiers.METHODS[method].predict(mine)
+    ((classifier, inputs, prepare),) = calls
+    classifier.eval()
+    if method == "mlp":
+        assert torch.equal(inputs, mine.features["known"])
+        assert prepare(inputs, seeded()) is inputs
+        assert torch.equal(found, classifier(test).argmax(1))
+        return
+    assert torch.equal(inputs, mine.images.images[mine.chosen])
+    views = batch = inputs / 255
+    if method != "scratch":
+        given_area = {"scale": (0.5, 1.0), "flip": 0.5, "generator": seeded(2)}
+        views = augment.random_resized_crop(batch, **given_area)
+    mean, std = mine.images.mean, mine.images.std
+    torch.testing.assert_close(prepare(inputs, seeded(2)), (views - mean) / std)
+    with torch.no_grad():
+        z = classifier((mine.test.images / 255 - mean) / std)
+    assert (found == z.argmax(1)).float().mean() > 0.99
+
+
+def test_spreading_among_all_images_ends_with_the_test_images():
+    near = graphs.Neighbourhood(small_graph(), None)
+    chosen, labels = torch.tensor([3, 8, 20]), torch.tensor([0, 1, 2])
+    mine = given(labels=labels, chosen=chosen, near=near)
+    test = datasets.Split(torch.zeros(12, 1, 8, 8), None)
+    found = classifiers.spread_labels(dataclasses.replace(mine, test=test))
+    everyone = graphs.spread(near.graph, chosen.numpy(), np.eye(3), few_labels.Config().alpha)
+    assert len(set(found.tolist())) > 1
+    assert found.tolist() == everyone[28:].argmax(1).tolist()
 
 
 # ------------------------------------------------------------------------------ a comparison
@@ -434,6 +623,60 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("draws", "part", "transductive"),
+    [("balanced", "test", False), ("random", "validation", False), ("balanced", "test", True)],
+)
+def test_a_draw_is_the_same_for_all_methods_and_no_other(
+    tmp_path, monkeypatch, draws, part, transductive
+):
+    seen = {}
+
+    def spy(mine):
+        seen[task] = mine, torch.initial_seed()
+        return torch.zeros(len(mine.test), dtype=torch.long)
+
+    for name in ("mean", "linear", "scratch"):
+        method = classifiers.METHODS[name]._replace(predict=spy)
+        monkeypatch.setitem(classifiers.METHODS, name, method)
+    changes = {"dataset": "digits", "draws": draws, "evaluate_on": part, "seed": 3}
+    config = make_config(tmp_path, transductive=transductive, **changes)
+    whole = few_labels.load_data(config)
+    data = whole.evaluated_on(part)
+    starts = few_labels.read_starts(())
+    tasks = [scores.Task("mean", "pixels", 20, draw) for draw in range(3)]
+    tasks += [task._replace(method="linear") for task in tasks]
+    tasks += [task._replace(method="scratch", start="nothing") for task in tasks[:3]]
+    few_labels.prepare(tmp_path, tasks, starts, config, data)
+    trainer = few_labels.Trainer(config, tmp_path)
+    for task in tasks:
+        row = trainer(task)
+        share = (data.test.labels == 0).double().mean().item()
+        assert row["accuracy"] == pytest.approx(share)  # of class 0, which is said of all
+        assert row["macro_f1"] == pytest.approx(2 * share / (1 + share) / 10)
+    pixels = data.train.images.flatten(1).double().numpy()
+    mean, std = pixels.mean(0), pixels.std(0)
+    for task, (mine, seed) in seen.items():
+        first = seen[tasks[task.draw]][0]
+        assert torch.equal(mine.chosen, first.chosen)
+        assert seed == mine.seed == 3 + task.draw
+        assert torch.equal(mine.labels, data.train.labels[mine.chosen])
+        assert (mine.labels.bincount(minlength=10) == 2).all() == (draws == "balanced")
+        assert torch.equal(mine.test.images, data.test.images)
+        expected = [data.train.images, *[data.test.images] * transductive]
+        assert torch.equal(mine.images.images, torch.cat(expected))
+        if task.start == "pixels":
+            ours = mine.features["known"].numpy()
+            theirs = (pixels[mine.chosen] - mean) / np.where(std > 0, std, np.inf)
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    a, b, c = (set(seen[task][0].chosen.tolist()) for task in tasks[:3])
+    assert len(a & b) < 10
+    assert len(a & c) < 10
+    monkeypatch.setattr(trainer, "config", dataclasses.replace(config, seed=4))
+    trainer(task := tasks[0])
+    assert set(seen[task][0].chosen.tolist()) not in (a, b)  # nor another seed's next
+
+
 def test_transductive_methods_are_marked(pretrained, tmp_path):
     config = make_config(tmp_path, runs=(pretrained["a"],), transductive=True, labels="20")
     few_labels.main(dataclasses.replace(config, methods="mean,spreading"))
@@ -532,6 +775,46 @@ def test_differences_are_paired_with_students_interval():
     assert found["difference"] == pytest.approx(np.mean(mine) - np.mean(theirs))
     assert [mean["minutes"] for mean in means] == [1.5, 1.0, 1.0]
     assert "| mine" in scores.make_tables(means, [found])
+
+
+def test_several_runs_of_a_name_are_averaged_within_each_draw():
+    values = {"a": [0.5, 0.7, 0.8], "b": [0.9, 0.6, 0.7], "theirs": [0.6, 0.6, 0.5]}
+    rows = [
+        row | {"name": "mine" if row["start"] in "ab" else row["start"]}
+        for row in make_rows(values)
+    ]
+    (found,) = scores.find_differences(rows, frozenset({"theirs"}))
+    mine = np.mean([values["a"], values["b"]], 0)
+    low, high = stats.ttest_rel(mine, values["theirs"]).confidence_interval(0.95)
+    assert (found["low"], found["high"], found["draws"]) == pytest.approx((low, high, 3))
+    first, _ = scores.summarize(rows, {"a": 60.0, "b": 120.0})
+    everything = [*values["a"], *values["b"]]
+    assert first["accuracy_sd"] == first["macro_f1_sd"] == pytest.approx(np.std(everything, ddof=1))
+    assert (first["runs"], first["trainings"], first["minutes"]) == (2, 6, 2.5)
+
+
+def test_each_table_and_the_figure_show_their_own_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(scores.figures, "save_figure", lambda figure, path: drawn.append(figure))
+    rows = [
+        {"name": name, "labels": count, "accuracy": value, "accuracy_sd": 0.02, "minutes": 3.0}
+        | {"macro_f1": value / 2, "macro_f1_sd": 0.01}
+        for name, pair in {"a": (0.5, 0.9), "b": (0.7, 0.8), "c, run": (0.6, 0.95)}.items()
+        for count, value in zip((10, 100), pair, strict=True)
+    ]
+    tables = scores.make_tables(rows, []).split("\n\n")
+    assert "| a                        | 50.0 ± 2.0 | 90.0 ± 2.0 |" in tables[0]
+    assert "| a                        | 25.0 ± 1.0 | 45.0 ± 1.0 |" in tables[1]
+    styles = {"a": ("", "red", "-"), "b": ("", "blue", "-"), "c, run": ("run", "black", "-")}
+    scores.plot_scores(tmp_path / "a.png", rows, styles, "title")
+    (figure,) = drawn
+    without, panel = ({line.get_label(): line for line in axes.lines} for axes in figure.axes)
+    assert without.keys() == {"a", "b"}
+    assert panel["c"].get_xydata().tolist() == [[10, 60], [100, 95]]
+    best = panel["best without pretraining"].get_xydata()
+    np.testing.assert_allclose(best, [[10, 70], [100, 90]])
+    band = figure.axes[1].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((58, 97))  # mean ± sd
 
 
 def test_the_best_rival_is_the_best_of_the_draws_that_all_rivals_share():
