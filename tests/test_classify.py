@@ -121,6 +121,20 @@ def test_what_no_label_reaches_is_of_the_commonest_class():
     assert (found[:-30] != found[-1]).all()
 
 
+@pytest.mark.parametrize("method", ["linear", "spreading"])
+def test_what_is_left_out_tells_nothing_of_its_label(method):
+    torch.manual_seed(0)
+    near, far = torch.randn(40, 16) + 4, torch.randn(30, 16) / 100 - 4
+    features = torch.cat([near[:6], far[:2], near[6:], far[2:]])
+    found = []
+    for labels in ([1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 1, 1, 1]):
+        predict = classify.METHODS[method][1](features, torch.tensor(labels))
+        found.append(predict(torch.arange(5), torch.arange(5, 8)))
+    assert torch.equal(*found)
+    if method == "spreading":  # the last two are connected with none of the five
+        assert torch.equal(found[0][1:], torch.tensor([[0.4, 0.6]]).expand(2, 2))
+
+
 def test_an_image_is_none_of_its_nearest_also_if_there_are_copies(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
@@ -139,7 +153,7 @@ def test_an_image_is_none_of_its_nearest_also_if_there_are_copies(tmp_path, monk
         assert set(near[:3, 0, 0, 0].tolist()) == copies - {i}
 
 
-def test_of_many_classes_the_dozen_largest_are_drawn_the_surest_images_first(monkeypatch):
+def test_of_many_classes_the_dozen_largest_are_drawn(monkeypatch):
     drawn = []
     monkeypatch.setattr(classify.figures, "plot_sheet", lambda *arguments: drawn.extend(arguments))
     sizes = torch.tensor([3, 20, 4, 5, 6, 7, 0, 8, 9, 10, 11, 12, 13, 14, 2])
@@ -152,11 +166,32 @@ def test_of_many_classes_the_dozen_largest_are_drawn_the_surest_images_first(mon
     classify.plot_classes(Path("a.png"), mine, "abcdefghijklmno", likely, channels=1)
     _, names, groups, _ = drawn
     assert "".join(names) == "bcdefhijklmn"  # not a, g or o
-    (surest, sure), (doubtful, unsure) = groups.values()
+    (surest, sure), (doubtful, _) = groups.values()
     assert sure[0] == [f"{value:.3f}" for value in confidence[guesses == 1].flip(0)[:5].tolist()]
-    assert unsure[0] == [f"{value:.3f}" for value in confidence[guesses == 1][:5].tolist()]
     assert surest[0][:, 0, 0, 0].tolist() == [22, 21, 20, 19, 18]
     assert doubtful[0][:, 0, 0, 0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_the_sheets_show_the_surest_first_and_the_least_likely_labels_first(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        classify.figures, "plot_sheet", lambda path, names, groups, title: drawn.append(groups)
+    )
+    torch.manual_seed(0)
+    images = torch.arange(14, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+    names = np.array([f"a/{i}.png" for i in range(14)])
+    shown = encoded.Collection(names, images, torch.arange(14), torch.randn(14, 6))
+    sure = torch.linspace(0.6, 0.99, 14)[torch.randperm(14)]
+    likely = torch.stack([sure, 1 - sure], 1)
+    classify.plot_classes(tmp_path / "a.png", shown, ("a", "b"), likely, 3)
+    labels = torch.arange(14) % 2
+    classify.plot_labelled(tmp_path / "b.png", shown, ("a", "b"), labels, likely, 3)
+    classes, labelled = drawn
+    order = sorted(range(14), key=sure.tolist().__getitem__)
+    assert classes["surest"][0][0][:, 0, 0, 0].tolist() == order[:-6:-1]
+    assert classes["least sure"][0][0][:, 0, 0, 0].tolist() == order[:5]
+    doubted = sorted(range(14), key=lambda i: likely[i, labels[i]].item())
+    assert labelled[""][0][:, 0, 0, 0, 0].tolist() == doubted[:12]
 
 
 def test_what_is_left_out_is_left_out_with_its_duplicates_and_once():
@@ -213,6 +248,31 @@ def test_the_duplicates_of_duplicates_are_of_one_group():
     assert classify.group_duplicates(later, 0.996).tolist() == [0, 0, 2, 0]
 
 
+def test_near_duplicates_by_the_encoders_features_are_left_out_together(
+    encoder, folders, digits, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(
+        classify, "cross_validate", lambda predict, labels, groups: given.append(groups)
+    )
+    known = sorted((folders / "labelled").glob("*/*.png"))
+    first = next(i for i in range(60) if digits.train.labels[i] == 0)
+    positions = [first if path.stem == "wrong" else int(path.stem) for path in known]
+    features = torch.from_numpy(features_of(encoder, digits, positions))
+    lengths = F.normalize(features, dim=1)
+    threshold = f"{(lengths @ lengths.T).quantile(0.95):.4f}"  # no borderline at four digits
+    places = [encoder[0], folders / "labelled", folders / "new", "--output", tmp_path / "out"]
+    places += ["--data-dir", tmp_path, "--duplicates", threshold, "--method", "linear"]
+    classify.main([*map(str, places), "--device", "cpu"])
+    mean, std = functions.feature_statistics(features)
+    ours, standardised = (
+        classify.group_duplicates(F.normalize(part, dim=1), float(threshold)).tolist()
+        for part in (features, (features - mean) / std)
+    )
+    assert given[0].tolist() == ours != standardised
+    assert 1 < len(set(ours)) < 60
+
+
 def test_the_wrong_label_stands_first_and_the_score_is_of_the_table(classified):
     scores, _, rows = classified
     assert rows[0] | {"confidence": "", "found_confidence": ""} == {
@@ -247,6 +307,8 @@ def test_the_summary_says_how_sure_it_is(encoder, folders, tmp_path, capsys):
         "classified by label spreading\n",
     ):
         assert line in text
+    most = max(len(list(place.iterdir())) for place in (folders / "labelled").iterdir())
+    assert f"  the commonest class {100 * most / 60:.1f} %\n" in text
     p, z = scores["spreading"], 1.959964  # Wilson 1927
     middle, half = p + z * z / 120, z * np.sqrt(p * (1 - p) / 60 + z * z / 120**2)
     low, high = ((middle + sign * half) / (1 + z * z / 60) for sign in (-1, 1))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pictures import unrendered
 from PIL import Image
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 from sklearn.semi_supervised import LabelSpreading
@@ -229,6 +230,21 @@ def test_the_nearest_mean_is_scikit_learns():
     expected = NearestCentroid().fit(known, labels.numpy()).predict(new)
     found = classifiers.nearest_mean(given(features, test, labels))
     assert found.tolist() == expected.tolist()
+
+
+def test_logistic_regression_is_scikit_learns_with_the_penalty_that_is_asked_for():
+    features, test = (
+        torch.randn(30, 5, generator=seeded()),
+        torch.randn(200, 5, generator=seeded(1)),
+    )
+    labels = torch.arange(30) % 3 * 2  # 0, 2 and 4
+    config = few_labels.Config(penalty=20.0)
+    found = classifiers.logistic_regression(given(features, test, labels, config=config))
+    known, new = (5**0.5 * normalize(part.numpy()) for part in (features, test))
+    expected, other = (
+        LogisticRegression(C=c).fit(known, labels.numpy()).predict(new) for c in (1 / 20, 1)
+    )
+    assert found.tolist() == expected.tolist() != other.tolist()
 
 
 def test_logistic_regression_of_a_single_class_says_it():
@@ -518,6 +534,16 @@ def test_runs_that_differ_in_their_seed_are_one_line(finished):
     assert float(line["accuracy_sd"]) == pytest.approx(np.std(mine, ddof=1))
     assert "nearest mean, simsiam/c" in {row["name"] for row in rows}
     assert not any("simsiam/b" in row["name"] for row in rows)
+
+
+def test_runs_that_were_evaluated_in_other_ways_are_one_group(pretrained, tmp_path):
+    other = Path(shutil.copytree(pretrained["b"], tmp_path / "b"))
+    record = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(record | {"probe_epochs": 7}))
+    starts = few_labels.read_starts([pretrained["a"], str(other), pretrained["c"]])
+    groups = {name: start.group for name, start in starts.items() if start.folder}
+    both, alone = "2 runs of simsiam", "simsiam/c"
+    assert groups == {"simsiam/a": both, "simsiam/b": both, "simsiam/c": alone}
 
 
 @pytest.mark.usefixtures("unrendered_pictures")

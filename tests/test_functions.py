@@ -181,20 +181,33 @@ def test_probe_is_as_good_as_logistic_regression(digits):
     assert result.accuracy == pytest.approx(expected, abs=0.02)
 
 
-def test_probe_equals_a_naive_loop():
-    inputs = normal(60, 20) * 3 + 1, labels_of(60, 3), normal(40, 20, seed=1), labels_of(40, 3)
-    (train, labels, test, test_labels), epochs, size = inputs, 4, 16
+@pytest.mark.parametrize(
+    ("rate", "decay", "size", "settings"),
+    [
+        (0.05, 0.1, 16, {"learning_rate": 0.05, "weight_decay": 0.1, "batch_size": 16}),
+        (1 / 20, 1e-3, 512, {}),  # the defaults, of 20 features
+    ],
+)
+def test_probe_equals_a_naive_loop(rate, decay, size, settings):
+    count = size + 44
+    inputs = (
+        normal(count, 20) * 3 + 1,
+        labels_of(count, 3),
+        normal(40, 20, seed=1),
+        labels_of(40, 3),
+    )
+    (train, labels, test, test_labels), epochs = inputs, 4
     scaler = StandardScaler().fit(train)
     train, test = (torch.from_numpy(scaler.transform(x)).float() for x in (train, test))
     layer = nn.Linear(20, 3)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.Adam(layer.parameters(), 0.05, weight_decay=0.1)
-    cosine = CosineAnnealingLR(optimizer, epochs * math.ceil(60 / size))
+    optimizer = torch.optim.Adam(layer.parameters(), rate, weight_decay=decay)
+    cosine = CosineAnnealingLR(optimizer, epochs * math.ceil(count / size))
     expected = []
     for epoch in range(epochs):
         total = 0
-        order = torch.randperm(60, generator=devices.epoch_generator(3, epoch))
+        order = torch.randperm(count, generator=devices.epoch_generator(3, epoch))
         for index in order.split(size):
             loss = F.cross_entropy(layer(train[index]), labels[index])
             optimizer.zero_grad()
@@ -202,8 +215,8 @@ def test_probe_equals_a_naive_loop():
             optimizer.step()
             cosine.step()
             total += loss.item() * len(index)
-        expected.append((total / 60, F.cross_entropy(layer(test), test_labels).item()))
-    result = functions.linear_probe(*inputs, epochs, 0.05, 0.1, size, seed=3)
+        expected.append((total / count, F.cross_entropy(layer(test), test_labels).item()))
+    result = functions.linear_probe(*inputs, epochs, **settings, seed=3)
     found = [(row["train_loss"], row["test_loss"]) for row in result.history]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0)
     assert torch.equal(result.predictions, layer(test).argmax(1))

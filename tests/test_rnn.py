@@ -359,6 +359,8 @@ def test_splits_do_not_overlap_and_do_not_depend_on_the_run_s_seed(tmp_path):
     few, validation = rnn.load_splits(small_config(tmp_path, train_fraction=0.2))
     assert len(few.train) == pytest.approx(len(one[0].train) / 5, abs=1)
     assert torch.equal(validation.images, one[1].images)
+    rest = {image.numpy().tobytes() for image in one[0].train.images}
+    assert {image.numpy().tobytes() for image in few.train.images} < rest
     # All parts are normalised as the images that are left to train on.
     pixels = few.train.images.double() / 255
     for split in (few.train, validation, few.test):

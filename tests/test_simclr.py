@@ -394,7 +394,7 @@ def test_finetuning_trains_a_copy_and_resumes_exactly(tmp_path, monkeypatch, fab
 
 
 def test_finetuning_crops_and_flips_and_leaves_colours_alone(tmp_path, monkeypatch, fabric):
-    data, given = make_data(120), []
+    data, given, starts, classifiers = make_data(120), [], [], []
     train = supervised.train_classifier
 
     def spy(classifier, optimizer, inputs, labels, prepare, **rest):
@@ -403,12 +403,17 @@ def test_finetuning_crops_and_flips_and_leaves_colours_alone(tmp_path, monkeypat
         assert type(optimizer) is torch.optim.Adam
         assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
         given.append(prepare)
+        starts.append(copy.deepcopy(classifier[0].state_dict()))
+        starts.append(model.encoder.state_dict())
+        classifiers.append(classifier)
         yield from train(classifier, optimizer, inputs, labels, prepare, **{**rest, "epochs": 1})
 
     monkeypatch.setattr(supervised, "train_classifier", spy)
     loud = dict.fromkeys(("jitter_probability", "grayscale_probability", "blur_probability"), 1.0)
     config = small_config(finetune_epochs=1, **loud)
-    finetune(tmp_path, fabric, config, data)
+    model = make_model(config, 5)
+    result = finetune(tmp_path, fabric, config, data, model)
+    assert_same(*starts)  # the pretrained weights
     images = noise(300, seed=8)
     views = given[0](images, torch.Generator().manual_seed(0))
     quiet = small_config(
@@ -419,6 +424,11 @@ def test_finetuning_crops_and_flips_and_leaves_colours_alone(tmp_path, monkeypat
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
     expected = (expected - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(views, expected, rtol=1e-4, atol=1e-4)
+    # What is reported is what was trained, with BatchNorm as it stands.
+    test = (data.test.images / 255 - mean[:, None, None]) / std[:, None, None]
+    with torch.no_grad():
+        guesses = classifiers[0].eval()(test).argmax(1)
+    assert result["finetune_accuracy"] == functions.accuracy(guesses, data.test.labels)
 
 
 def test_finetuning_reports_its_last_epoch_not_its_best(tmp_path, monkeypatch, fabric):

@@ -18,7 +18,7 @@ import functions
 import label_free
 import simclr
 import simclr_hyperparameter_tune as tune
-from support import datasets, settings, sweep
+from support import datasets, devices, pretraining, settings, sweep
 from support.errors import UserError
 
 FIRST = {
@@ -257,7 +257,38 @@ def test_alpha_req_finds_the_exponent(alpha):
     q = torch.linalg.qr(torch.randn(300, 64, dtype=torch.float64) - 0)[0]
     q = torch.linalg.qr(q - q.mean(0))[0]  # centred, orthogonal
     features = q * torch.arange(1, 65, dtype=torch.float64).pow(-alpha / 2)
-    assert label_free.alpha_req(features) == pytest.approx(alpha, abs=1e-6)
+    assert label_free.alpha_req(features + 3) == pytest.approx(alpha, abs=1e-6)
+
+
+def test_the_scores_are_of_the_encoders_features_and_the_probes_of_held_out_images():
+    digits = functions.load_images("digits")
+    train, test = digits.train.select(torch.arange(150)), digits.test.select(torch.arange(90))
+    data = dataclasses.replace(digits, train=train, test=test).with_statistics()
+    scores = label_free.measure(Pixels(), data, None)
+    mean, std = data.train.mean, data.train.std
+
+    def features(images):
+        return ((images - mean) / std).flatten(1)
+
+    known, asked = (features(part.images / 255) for part in (train, test))
+    assert scores["rankme"] == pytest.approx(functions.rank_me(known))
+    assert scores["alphareq"] == pytest.approx(-abs(label_free.alpha_req(known) - 1))
+    labelled = known, train.labels, asked, test.labels
+    assert scores["linear"] == functions.linear_probe(*labelled, epochs=20).accuracy < 0.95
+    assert scores["knn"] == functions.knn_accuracy(*labelled)
+    parts = []
+    for part in (train, test):
+        turned = [np.rot90(part.images, quarters, (2, 3)).copy() for quarters in range(4)]
+        pixels = torch.from_numpy(np.concatenate(turned)) / 255
+        parts += [features(pixels), torch.arange(4).repeat_interleave(len(part))]
+    assert scores["rotation"] == pytest.approx(
+        functions.linear_probe(*parts, epochs=20).accuracy, abs=0.02
+    )
+    generator, config = devices.epoch_generator(0, 0), simclr.Config()
+    images = train.images[functions.fixed_permutation(150)]
+    views = [pretraining.crop_views(images, config, generator) for _ in range(10)]
+    expected = label_free.discriminant_rank(torch.stack([*map(features, views)]).double())
+    assert scores["lidar"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_audit_is_spearman_s_correlation_and_the_winner_s_distance(tmp_path):
