@@ -302,10 +302,11 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, s
             images = data.train.images[order[8 * step : 8 * step + 8]]
             x1, x2 = (make_view(images, generator) for _ in range(2))
             pairs = [(x1, x2), (x2, x1)] if symmetric else [(x1, x2)]
-            loss, new = 0.0, []
+            loss, new, recorded = 0.0, [], None
             for x_query, x_key in pairs:
                 k = make_keys(x_key, shuffling)
                 q = in_parts(*query, x_query, size)
+                recorded = recorded if new else q.detach()  # of the first views
                 loss = loss + papers_loss(q, torch.stack(k), kept, 0.3) / len(pairs)
                 new += k
             for weight in weights:
@@ -322,6 +323,8 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, s
     means = np.reshape(losses, (3, 3)).mean(1).tolist()
     assert [row["loss"] for row in history] == pytest.approx(means, rel=1e-6)  # kept in float32
     assert history[0]["loss"] != pytest.approx(history[-1]["loss"], rel=0.01)
+    spread = functions.embedding_std(recorded)
+    assert history[-1]["embedding_std"] == pytest.approx(spread, rel=1e-6)
     close = {"rtol": 1e-8, "atol": 1e-8}
     torch.testing.assert_close(model.query_parameters(), weights, **close)
     torch.testing.assert_close(list(model.key_encoder.parameters()), followers, **close)

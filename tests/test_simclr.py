@@ -412,6 +412,8 @@ def test_finetuning_crops_and_flips_and_leaves_colours_alone(tmp_path, monkeypat
     loud = dict.fromkeys(("jitter_probability", "grayscale_probability", "blur_probability"), 1.0)
     config = small_config(finetune_epochs=1, **loud)
     model = make_model(config, 5)
+    more = {"images": noise(200, seed=5), "labels": torch.arange(200) % 3}
+    data = dataclasses.replace(data, test=dataclasses.replace(data.test, **more))
     result = finetune(tmp_path, fabric, config, data, model)
     assert_same(*starts)  # the pretrained weights
     images = noise(300, seed=8)
@@ -428,7 +430,9 @@ def test_finetuning_crops_and_flips_and_leaves_colours_alone(tmp_path, monkeypat
     test = (data.test.images / 255 - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
         guesses = classifiers[0].eval()(test).argmax(1)
-    assert result["finetune_accuracy"] == functions.accuracy(guesses, data.test.labels)
+    matrix = functions.confusion_matrix(data.test.labels, guesses, 3)
+    expected = functions.per_class_accuracy(matrix, data.classes)
+    assert result["finetune_per_class_accuracy"] == pytest.approx(expected)
 
 
 def test_finetuning_reports_its_last_epoch_not_its_best(tmp_path, monkeypatch, fabric):

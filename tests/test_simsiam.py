@@ -288,6 +288,8 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, head, schedu
     means = np.reshape(losses, (3, 3)).mean(1).tolist()
     assert [row["loss"] for row in history] == pytest.approx(means, rel=1e-5)  # kept in float32
     assert history[-1]["learning_rate"] == pytest.approx(rate)
+    spread = functions.embedding_std(torch.cat([z1, z2]).detach())  # of z, not of p
+    assert history[-1]["embedding_std"] == pytest.approx(spread, rel=1e-6)
     torch.testing.assert_close(model.state_dict(), naive.state_dict(), rtol=1e-8, atol=1e-8)
 
 

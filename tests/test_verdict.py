@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import moco
 import simclr
 import simsiam
 from support import pretraining, verdict
@@ -98,28 +99,46 @@ def test_luck_is_rarely_exceeded():
     assert verdict.luck(None, 200) == 0
 
 
-@pytest.mark.parametrize(("views", "decoupled"), [(2, False), (4, False), (2, True), (4, True)])
-def test_the_loss_of_equal_embeddings_is_what_simclr_says(tmp_path, views, decoupled, monkeypatch):
-    methods = []
+@pytest.fixture
+def methods(monkeypatch):
+    """What a script says of its method: `main` stops there."""
+    said = []
 
     class Stop(Exception):
         pass
 
-    def take(model, optimizer, train, config, run, fabric, monitor, method, count):
-        methods.append((method, count))
+    def take(model, optimizer, train, config, run, fabric, monitor, method, views=2):
+        said.append((method, views))
         raise Stop
 
+    def start(script, config):
+        with pytest.raises(Stop):
+            script.main(config)
+        return said[-1]
+
     monkeypatch.setattr(pretraining, "Pretraining", take)
+    return start
+
+
+@pytest.mark.parametrize(("views", "decoupled"), [(2, False), (4, False), (2, True), (4, True)])
+def test_the_loss_of_equal_embeddings_is_what_simclr_says(tmp_path, methods, views, decoupled):
     loss = "dcl" if decoupled else "nt-xent"
     config = digits(simclr, tmp_path, views=views, loss=loss, batch_size=16)
-    with pytest.raises(Stop):
-        simclr.main(config)
+    method, count = methods(simclr, config)
     equal = simclr.nt_xent_loss(
         torch.ones(views * 16, 8), config.temperature, views=views, decoupled=decoupled
     )
-    assert methods[0][0].chance_loss == pytest.approx(equal.item(), rel=1e-5)
-    assert methods[0][0].temperature == config.temperature
-    assert methods[0][1] == views
+    assert method.chance_loss == pytest.approx(equal.item(), rel=1e-5)
+    assert (method.temperature, count) == (config.temperature, views)
+
+
+def test_the_loss_of_equal_embeddings_is_what_moco_says(tmp_path, methods):
+    config = digits(moco, tmp_path, batch_size=16, queue_size=48, temperature=0.3)
+    method, count = methods(moco, config)
+    one = F.normalize(torch.ones(1, 8), dim=1)
+    equal = moco.info_nce_loss(one.expand(16, 8), one.expand(16, 8), one.expand(48, 8), 0.3)
+    assert method.chance_loss == pytest.approx(equal.item(), rel=1e-5)
+    assert (method.temperature, count) == (0.3, 1)
 
 
 # -------------------------------------------------------------------------------- the verdict
