@@ -7,6 +7,7 @@ import pickle
 import random
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,17 @@ def saved(tmp_path):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_checkpoint_is_saved_when_it_is_due_and_after_the_last_epoch(monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoints, "save", lambda path, epoch, *rest: saved.append(epoch))
+    saver = checkpoints.Saver(60.0)
+    for epoch in range(1, 11):
+        now[0] += 25
+        saver.save(None, epoch, None, None, [], SimpleNamespace(epochs=10))
+    assert saved == [3, 6, 9, 10]
 
 
 def test_restored_run_goes_on_as_if_never_stopped(saved):

@@ -85,6 +85,23 @@ def test_all_images_are_normalised_with_the_training_images_statistics():
             assert torch.equal(images, before)
 
 
+def test_held_out_images_are_in_the_tests_place_and_not_in_the_statistics():
+    images, labels = random_bytes(60, 1, 4, 5), torch.arange(60) % 3
+    test = datasets.Split(random_bytes(7, 1, 4, 5, seed=1), labels[:7])
+    whole = datasets.ImageData("noise", ("a", "b", "c"), datasets.Split(images, labels), test)
+    whole = whole.with_statistics()
+    data = whole.evaluated_on("validation")
+    assert (len(data.train), len(data.test)) == (54, 6)
+    both = torch.cat([data.train.images, data.test.images]).flatten(1).tolist()
+    assert sorted(both) == sorted(images.flatten(1).tolist())
+    pixels = data.train.images.double() / 255
+    for split in (data.train, data.test):
+        assert split.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
+        assert split.std.item() == pytest.approx(pixels.std(correction=0).item(), rel=1e-5)
+    assert whole.train.mean.item() != pytest.approx(pixels.mean().item(), rel=1e-5)
+    assert whole.evaluated_on("test") is whole
+
+
 def test_a_selection_keeps_images_labels_files_and_statistics_together():
     paths = np.array([f"{i}.png" for i in range(8)])
     whole = dataclasses.replace(example().with_statistics().train, paths=paths)
