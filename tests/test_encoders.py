@@ -57,6 +57,16 @@ def test_a_narrow_resnet_has_a_part_of_the_channels(name, stem):
     assert not shapes
 
 
+@pytest.mark.parametrize(("stem", "channels", "width"), [("cifar", 3, 64), ("imagenet", 1, 32)])
+def test_the_first_layer_begins_as_torchvisions(stem, channels, width):
+    torch.manual_seed(0)
+    weights = encoders.make_encoder("resnet18", stem, channels, 32, width).conv1.weight
+    side = 3 if stem == "cifar" else 7
+    assert weights.shape == (width, channels, side, side)
+    expected = math.sqrt(2 / (width * side**2))  # He et al. 2015, by the outputs
+    assert weights.std().item() == pytest.approx(expected, rel=0.1)  # sd below 0.03
+
+
 @pytest.mark.parametrize(("stem", "parameters"), [("cifar", 11_168_832), ("imagenet", 11_176_512)])
 def test_resnet18_is_torchvisions(stem, parameters):
     encoder = encoders.make_encoder("resnet18", stem, 3, 32)

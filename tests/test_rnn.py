@@ -219,7 +219,7 @@ def test_training_equals_a_naive_loop(tmp_path, monkeypatch, cell, schedule, oth
 def test_both_passes_compute_in_the_precision_asked_for(tmp_path):
     config = small_config(tmp_path, epochs=1, train_fraction=0.1, precision="bfloat16")
     data, validation = rnn.load_splits(config)
-    seen = set()
+    seen, cached = set(), []
     for precision in ("bfloat16", "float32"):
         model = rnn.make_model(config, "gru", data)
         model.register_forward_hook(
@@ -227,10 +227,13 @@ def test_both_passes_compute_in_the_precision_asked_for(tmp_path):
                 (name, model.training, torch.is_autocast_enabled("cpu"))
             )
         )
+        # With the cache, gradients of a recurrent weight would be summed in bfloat16.
+        model.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
         changed = dataclasses.replace(config, precision=precision)
         rnn.train(model, "gru", (data.train, validation), changed, runs.Run(tmp_path), [])
     modes = (True, False)
     assert seen == {(p, mode, p == "bfloat16") for p in ("bfloat16", "float32") for mode in modes}
+    assert not any(cached)
 
 
 def test_the_seed_decides_the_first_weights(tmp_path):
@@ -521,6 +524,12 @@ def test_best_json_sets_the_model(tmp_path):
     assert (model.recurrent.hidden_size, model.recurrent.num_layers) == (12, 2)
     layers = [layer.out_features for layer in model.mlp if hasattr(layer, "out_features")]
     assert layers == [7, 6, 10]
+    # What only a wide search decides.
+    wide = {"pooling": "mean", "bidirectional": True, "recurrent_init": "orthogonal"}
+    wide["schedule"] = "cosine"
+    path.write_text(json.dumps(best | wide))
+    assert parse("--dataset", "digits") == dataclasses.replace(config, **wide)
+    path.write_text(json.dumps(best))
     # A flag changes what the file says, also one that is given its default.
     assert parse("--hidden-size", "99").hidden_size == 99
     assert parse("--batch-size", str(rnn.Config.batch_size)).batch_size == rnn.Config.batch_size
