@@ -479,6 +479,13 @@ def test_each_image_has_a_group_and_the_map_shows_it(trained, colour_file, tmp_p
     sizes = [[int(row["group"]) for row in found.images].count(group) for group in (1, 2, 3)]
     assert sum(sizes) == 45
     assert sizes == sorted(sizes, reverse=True)
+    # They are groups of standardised features.
+    features = torch.from_numpy(np.load(tmp_path / "out" / "features.npz")["features"])
+    standardised = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-6)
+    expected, _ = embed.group_images(
+        standardised, 3, json.loads((trained.run / "config.json").read_text())["seed"]
+    )
+    assert [int(row["group"]) for row in found.images] == (expected + 1).tolist()
     assert (tmp_path / "out" / "groups.png").exists()
     page = tmp_path / "out" / "embedding.html"
     assert "coloured by the linear probe" in page.read_text(encoding="utf-8")

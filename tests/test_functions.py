@@ -641,6 +641,20 @@ def test_a_map_takes_ten_thousand_images_at_most_in_the_order_of_the_data(count)
         assert 450 < (index >= 10_000).sum() < 500
 
 
+def test_a_map_shows_the_predictions_of_its_own_images(tmp_path, monkeypatch):
+    pytest.importorskip("plotly")
+    given = {}
+    monkeypatch.setattr(evaluation.page, "write_page", lambda path, **values: given.update(values))
+    split = datasets.Split(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), torch.arange(9) % 3)
+    data = datasets.ImageData("noise", ("a", "b", "c"), split, split)
+    files.write_arrays(tmp_path / "predictions.npz", predictions=np.arange(9) // 3)
+    index = torch.tensor([1, 5, 6])
+    mapped = index, split.select(index)
+    evaluation.write_map_page(tmp_path, data, mapped, normal(3, 4), np.zeros((3, 2)), "title")
+    assert given["predictions"].tolist() == [0, 1, 2]
+    assert given["labels"].tolist() == [1, 2, 0]
+
+
 @pytest.mark.parametrize(("classes", "lines"), [(20, 20), (200, 11)])
 def test_of_many_classes_the_ten_that_are_recognised_least_are_printed(
     tmp_path, capsys, drawn_figures, classes, lines
