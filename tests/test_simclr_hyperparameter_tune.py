@@ -7,6 +7,7 @@ import json
 import shlex
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -223,6 +224,23 @@ def test_the_rotation_probe_knows_up_from_down_and_guesses_where_there_is_none()
     assert label_free.rotation_accuracy(Pixels(), turned(noise), None) == pytest.approx(
         0.25, abs=0.06
     )
+
+
+def test_of_many_images_the_rotation_probe_takes_some_of_all(monkeypatch):
+    seen = []
+    result = SimpleNamespace(accuracy=0.5)
+    monkeypatch.setattr(functions, "linear_probe", lambda *given, **_: seen.append(given) or result)
+    numbers = np.zeros((8000, 2, 2))
+    numbers[:, 0, 0], numbers[:, 0, 1] = np.divmod(np.arange(8000), 256)
+    data = turned(numbers)
+    label_free.rotation_accuracy(Pixels(), data, None)
+    ((features, labels, others, _),) = seen
+    assert labels.bincount().tolist() == [5000] * 4
+    assert len(others) == 4 * 2000
+    pixels = ((features[:5000] * data.train.std + data.train.mean) * 255).round()
+    shown = pixels[:, 0] * 256 + pixels[:, 1]
+    assert len(shown.unique()) == 5000
+    assert 2900 < shown.mean() < 3100  # of 6,000; a folder's first ones are of one class
 
 
 def test_lidar_is_the_rank_of_what_separates_images():
