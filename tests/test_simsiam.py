@@ -404,6 +404,20 @@ def test_a_run_makes_every_artifact_and_learns(finished):
         assert torch.equal(value, state[f"encoder.{key}"])
 
 
+def test_z_is_what_the_papers_projector_makes(tmp_path, monkeypatch, fabric):
+    monkeypatch.setattr(simsiam.runs, "has_package", lambda *_: False)
+    config = small_config(head="paper", encoder="small")
+    model, data = make_model(config), make_data()
+    narrow_papers_head(model)
+    model(torch.randn(16, 3, 8, 8, generator=seeded()))  # running statistics of its own
+    simsiam.embed(model, data, config, tmp_path, fabric)
+    with torch.no_grad():
+        z, p = model.eval()(data.test.normalize(data.test.images))
+    saved = np.load(tmp_path / "embeddings.npz")
+    for name, expected in (("z", z), ("p", p), ("features", z)):
+        np.testing.assert_allclose(saved[name], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_maps_are_of_z_and_p(finished):
     data = functions.load_images("digits")
     saved = np.load(finished.folder / "embeddings.npz")
