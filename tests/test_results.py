@@ -183,6 +183,39 @@ def test_twice_as_many_epochs_of_simsiam_bring_what_was_measured():
     assert {(run.settings["epochs"], run.settings["learning_rate"]) for run in runs} == {(46, 1.6)}
 
 
+def test_what_mocos_queue_begins_with_makes_what_was_measured():
+    def pilots(name):
+        path = ROOT / f"docs/results/pilots/{name}-scores.csv"
+        with path.open(newline="") as file:
+            return {row["name"]: row for row in csv.DictReader(file)}
+
+    def percent(row):
+        scores = (row["linear_probe_accuracy"], row["knn_accuracy"])
+        return [f"{100 * float(score):.1f} %" for score in scores]
+
+    where = {
+        "small, FashionMNIST": (pilots("fashion"), "-batch-128"),
+        "small, CIFAR-10 JPEG": (pilots("cifar-small"), ""),
+        "ResNet18 of width 32, CIFAR-10 JPEG": (pilots("cifar-resnet"), ""),
+    }
+    rows = table("docs/results.md", "### What MoCo's queue begins with")
+    assert len(rows) == 4
+    for row in rows:
+        (encoder, rate, epochs, *scores) = row.values()
+        found, end = where[encoder]
+        before = found[f"moco-rate-{rate}{end}"]
+        name = f"moco-keys-rate-{rate}{end}" if "small" in encoder else "moco-keys"
+        assert scores == percent(before) + percent(found[name])
+        assert before["flags"] == found[name]["flags"]
+        flags = shlex.split(before["flags"])
+        assert flags[flags.index("--epochs") + 1] == epochs
+        assert flags[flags.index("--learning-rate") + 1] == rate
+    text = (ROOT / "docs/results.md").read_text()
+    for name in ("moco-warmup", "moco-plain-batch-norm"):
+        linear, knn = percent(pilots("cifar-resnet")[name])
+        assert f"({linear.removesuffix(' %')} and {knn})" in text
+
+
 def test_few_labels_are_what_was_measured():
     summary = json.loads((ROOT / "docs/results/simsiam-fashion-mnist/summary.json").read_text())
     rows = table("docs/few_labels.md", "## The older study")
