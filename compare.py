@@ -23,7 +23,7 @@ from typing import Any
 from support import figures, files, scores
 from support.errors import require
 from support.runs import exit_cleanly
-from support.settings import COMPUTED_IN, FREE_ON_RESUME, Parser, value_before
+from support.settings import FREE_ON_RESUME, Parser, recorded_precision, value_before
 
 # What config.json says of a run's surroundings, and settings that change no result: `config` is the
 # file that others came from.
@@ -87,9 +87,7 @@ def read_run(folder: Path) -> list[Run]:
     rows = files.read_csv(path, {name: kinds.get(name, number_or_none) for name in head})
     require("epoch" in head and bool(rows), f"{path} is damaged: it holds no epochs")
     script = str(config.get("script", "?"))
-    settings = {**settings_before(script), **config}
-    if config.get("computed_in") in COMPUTED_IN:  # older versions recorded what `auto` chose here
-        settings["precision"] = COMPUTED_IN[config["computed_in"]]
+    settings = settings_before(script) | config | {"precision": recorded_precision(config)}
     for name in NOT_COMPARED | {"cells"}:  # a cell is a row of its own
         settings.pop(name, None)
     runs = []

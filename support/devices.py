@@ -163,8 +163,8 @@ def make_fabric(device: str, precision: str, devices: int = 1, nodes: int = 1) -
         raise UserError(f"this SLURM job cannot be used: {error}".replace("\n", " ")) from error
 
 
-def make_evaluation_fabric(device: str, precision: str | None) -> Any:
-    """Fabric, in one process, for what was trained in this precision; None if that is not known.
+def make_evaluation_fabric(device: str, precision: str) -> Any:
+    """Fabric, in one process, for what was trained in this precision; `auto` if it is not known.
 
     bfloat16 only where the hardware multiplies in it: an encoder of a GPU on a CPU that has to
     emulate it would take ten times as long.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from support import checkpoints, datasets, decoding, devices, encoders, files
 from support.errors import UserError, require
-from support.settings import COMPUTED_IN
+from support.settings import recorded_precision
 
 SIDES = {"cifar10": 32, "fashion-mnist": 28, "digits": 8}  # what --image-size does not change
 
@@ -91,8 +91,7 @@ def load_encoder(path: Path, device: str) -> Encoder:
         size is not None,
         f"{file} does not say how large its images are: put its run's config.json beside it",
     )
-    computed_in = about.get("computed_in", record.get("computed_in"))
-    fabric = devices.make_evaluation_fabric(device, COMPUTED_IN.get(str(computed_in)))
+    fabric = devices.make_evaluation_fabric(device, recorded_precision(record | about))
     try:
         mean, std = (torch.tensor(about[name], device=fabric.device) for name in ("mean", "std"))
         shape = (len(mean), size, about.get("width", 64))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support import datasets, encoders, files, report
-from support.settings import COMPUTED_IN
+from support.settings import recorded_precision
 
 # How the numbers of `summary.json` came about, in the order of the card.
 PROTOCOLS = {
@@ -115,7 +115,7 @@ def write_card(folder: Path, config_class: Any, data: datasets.ImageData, encode
         batch_size=record["batch_size"],
         time=numbers["pretrain_seconds"],
         hardware=record.get("hardware"),
-        precision=COMPUTED_IN.get(str(record.get("computed_in")), "unknown precision"),
+        precision=recorded_precision(record),
         commit=record.get("commit") or "unknown",
         versions=", ".join(f"{package} {version}" for package, version in packages),
         verdict=numbers.get("verdict", "none"),

@@ -176,9 +176,6 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-COMPUTED_IN = {"32-true": "float32", "bf16-mixed": "bfloat16"}
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `UserError`s: one line, exit code 2, like every other."""
 
@@ -282,8 +279,7 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
         if field.name not in saved:
             lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    if values["precision"] == "auto":  # older versions recorded their choice beside it
-        values["precision"] = COMPUTED_IN.get(str(saved.get("computed_in")), "auto")
+    values["precision"] = recorded_precision(saved)
     if lacking:
         print(
             f"{folder} is of an older version, which did what this one does with "
@@ -293,6 +289,15 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
         return config_class(**values)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def recorded_precision(record: dict[str, Any]) -> Any:
+    """The precision in which the run of a `config.json` computed; `auto` if that is not known.
+
+    Older versions left `auto` in it; what that chose stands beside it, in Lightning's words.
+    """
+    chosen = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+    return chosen.get(str(record.get("computed_in")), record.get("precision", "auto"))
 
 
 # These say where a run lies, and which file other settings came from, and nothing else of it.
@@ -306,9 +311,8 @@ def changed_flags(record: dict[str, Any], config_class: Any) -> dict[str, list[s
     that is not among them, because the script got it later, takes the value that means what the
     script did before; `auto` precision that which was computed in. Where a run lies is left out.
     """
-    saved = dict(record)
     # On another machine `auto` may mean something else than what was computed.
-    saved["precision"] = COMPUTED_IN.get(str(saved.get("computed_in")), saved.get("precision"))
+    saved = record | {"precision": recorded_precision(record)}
     made, hints = {}, field_types(config_class)
     for field in dataclasses.fields(config_class):
         value = saved_value(field, saved)
