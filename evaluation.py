@@ -204,7 +204,7 @@ def finetune(
 
     def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
         images = pretraining.crop_views(images, config, generator, crop_only=True)
-        return data.train.normalize(images).contiguous(memory_format=torch.channels_last)
+        return data.train.normalize(images)
 
     epochs_left = config.finetune_epochs - len(history)
     with progress.bar(epochs_left * len(data.train), "finetune") as bar:

@@ -214,7 +214,6 @@ def extract_features(
     with evaluating(encoder), fabric.autocast() if fabric else contextlib.nullcontext():
         for rows in index.to(split.images.device).split(batch_size):
             inputs = split.normalize(split.images[rows].to(device))
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
             features.append(encoder(inputs).float())
     return torch.cat(features)
 

@@ -287,8 +287,8 @@ def pretrain(
 
     def make_view(images: Tensor, epoch: int, generator: augment.Generator) -> Tensor:
         drawn = pretraining.draw_views(images, config, generator)
-        view = data.train.normalize(apply_views(images, drawn, config.view_side(epoch)))
-        return view.contiguous(memory_format=torch.channels_last)  # (b, C, H, W)
+        views = apply_views(images, drawn, config.view_side(epoch))
+        return data.train.normalize(views)  # (b, C, H, W)
 
     def make_keys(view: Tensor, shuffling: torch.Generator) -> Tensor:
         order = torch.randperm(config.batch_size, generator=shuffling, device=view.device)

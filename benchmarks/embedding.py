@@ -41,10 +41,7 @@ def main() -> None:
         np.save(path, noise)
         images = torch.from_numpy(np.load(path, mmap_mode="c"))
         split = datasets.Split(images, None, mean=mean, std=std)
-        inputs = [
-            split.normalize(part).contiguous(memory_format=torch.channels_last)
-            for part in images.split(500)
-        ]
+        inputs = [split.normalize(part) for part in images.split(500)]
 
         def encoder_alone() -> None:
             with functions.evaluating(network), fabric.autocast():
