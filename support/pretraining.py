@@ -44,7 +44,7 @@ from support import (
     settings,
     verdict,
 )
-from support.errors import UserError, require
+from support.errors import require
 from support.settings import setting
 
 
@@ -524,30 +524,15 @@ def run_experiment(
     data = data.evaluated_on(config.evaluate_on)
     check_fit(config, data, processes * nodes)
     fabric = devices.make_fabric(config.device, config.precision, processes, nodes)
-    with contextlib.ExitStack() as stack:
-        run: Any = None
-        if main_process:
-            unread = frozenset(k for k, stage in READ_BY.items() if stage not in config.stage_names)
-            opened = runs.open_run(config, data.fingerprint(), EVALUATION, unread)
-            run = stack.enter_context(opened)
+    unread = frozenset(k for k, stage in READ_BY.items() if stage not in config.stage_names)
+    opened: Any = contextlib.nullcontext()
+    if main_process:
+        opened = runs.open_run(config, data.fingerprint(), EVALUATION, unread)
+    with opened as run:
         fabric.launch()
         folder = fabric.broadcast(str(run.folder) if run else "")
         run = run or runs.Run(Path(folder))  # the others log nothing
-        devices.seed_everything(config.seed)
-        model: Any = make_model(config, *data.train.images.shape[1:3])
-        begun = config.resume is not None and (run.folder / "checkpoint.pt").exists()
-        if config.weights is not None and not begun:
-            line = checkpoints.load_weights(Path(config.weights).expanduser(), model)
-            if main_process:
-                print(line)
-        model = model.to(fabric.device).to(memory_format=torch.channels_last)
-        if fabric.world_size > 1 and fabric.device.type == "cuda":
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm
-            if config.encoder.startswith("timm:"):  # whose norms have the activation in them
-                import timm.layers
-
-                convert = timm.layers.convert_sync_batchnorm
-            model = convert(model)
+        model = prepare_model(make_model, data, config, run, fabric)
         if main_process:
             print_setup(config, data, model, fabric.world_size)
         data = data.to(fabric.device)
@@ -570,47 +555,66 @@ def run_experiment(
                 f"{run.folder} has finished {epoch} of {config.epochs} epochs: let it finish "
                 "first, with pretrain among the --stages",
             )
-        fabric = devices.make_evaluation_fabric(config.device, config.precision)
         names = ("seconds", "measure_seconds", "checkpoint_seconds")
         seconds = sum(row.get(name, 0) for row in history for name in names)
         values = {"final_loss": history[-1]["loss"], "pretrain_seconds": seconds}
         if "verdict" in history[-1]:  # not of a run from before there were verdicts
             values["verdict"] = verdict.describe(history[-1]["verdict"])
-        summary = run.summarize(values, config.epochs)
-        for name, stage in stages.items():
-            if name not in config.stage_names:
-                continue
-            if name != "embed" and not data.classes:
-                print(f"{name} is skipped: it needs labels, and {data.name} has none")
-                continue
-            began = time.perf_counter()
-            values = stage(model, data, config, run.folder, fabric) or {}
-            values[f"{name}_seconds"] = time.perf_counter() - began
-            summary = run.summarize(values, config.epochs)
-            (run.folder / f"{name}_checkpoint.pt").unlink(missing_ok=True)
+        run.summarize(values, config.epochs)
+        do_stages(stages, model, data, config, run)
+        summary = files.read_json(run.folder / "summary.json")
         report.write_report(run.folder, type(config))
         model_card.write_card(run.folder, type(config), data, model.encoder)
-        try:
-            print_results(summary, run.folder)
-        except (LookupError, TypeError, ValueError) as error:
-            path = run.folder / "summary.json"
-            raise UserError(f"{path} is damaged: {error!r}") from error
-        if "linear_probe_accuracy" in summary and len(data.test) < 1000:
-            count, found = len(data.test), summary["linear_probe_accuracy"]
-            low, high = scores.accuracy_interval(found, count)
-            interval = f"{low:.1%} to {high:.1%}"
-            print(f"the linear probe's 95 % interval, of {count} test images, is {interval}")
-        if data.classes:
-            words = ["few_labels.py", str(run.folder)]
-            words += ["--methods", "mean,linear,spreading"]  # those that take seconds
-            if config.evaluate_on == "validation":
-                words += ["--evaluate-on", "validation"]
-            print("What it buys when few images have labels:")
-        else:
-            words = ["embed.py", str(run.folder), config.dataset]
-            print("What it sees in them:")
-        print("  python", shlex.join(words))
+        print_results(summary, run.folder)
+        print_what_next(summary, config, data, run.folder)
     return summary
+
+
+def prepare_model(
+    make_model: Callable[[Any, int, int], nn.Module],
+    data: datasets.ImageData,
+    config: PretrainingConfig,
+    run: runs.Run,
+    fabric: Any,
+) -> Any:
+    """A new model on the device, with `--weights` unless the run has a checkpoint to go on from."""
+    devices.seed_everything(config.seed)
+    model: Any = make_model(config, *data.train.images.shape[1:3])
+    begun = config.resume is not None and (run.folder / "checkpoint.pt").exists()
+    if config.weights is not None and not begun:
+        line = checkpoints.load_weights(Path(config.weights).expanduser(), model)
+        if fabric.is_global_zero:
+            print(line)
+    model = model.to(fabric.device).to(memory_format=torch.channels_last)
+    if fabric.world_size == 1 or fabric.device.type != "cuda":
+        return model
+    if config.encoder.startswith("timm:"):  # whose norms have the activation in them
+        import timm.layers
+
+        return timm.layers.convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def do_stages(
+    stages: Mapping[str, Stage],
+    model: Any,
+    data: datasets.ImageData,
+    config: PretrainingConfig,
+    run: runs.Run,
+) -> None:
+    """Do the stages after pretraining that `config` asks for; `summary.json` has what they find."""
+    fabric = devices.make_evaluation_fabric(config.device, config.precision)
+    for name, stage in stages.items():
+        if name not in config.stage_names:
+            continue
+        if name != "embed" and not data.classes:
+            print(f"{name} is skipped: it needs labels, and {data.name} has none")
+            continue
+        began = time.perf_counter()
+        values = stage(model, data, config, run.folder, fabric) or {}
+        values[f"{name}_seconds"] = time.perf_counter() - began
+        run.summarize(values, config.epochs)
+        (run.folder / f"{name}_checkpoint.pt").unlink(missing_ok=True)
 
 
 def with_warm_restart(config: Any) -> tuple[Any, str]:
@@ -702,3 +706,24 @@ def print_results(summary: dict[str, Any], folder: Path) -> None:
         print(f"verdict               {summary['verdict']}")
     print(f"time                  {progress.format_seconds(summary['seconds'])}")
     runs.print_folder(folder)
+
+
+def print_what_next(
+    summary: dict[str, Any], config: PretrainingConfig, data: datasets.ImageData, folder: Path
+) -> None:
+    """Print how far a small test set is to be trusted, and a command that uses the encoder."""
+    if "linear_probe_accuracy" in summary and len(data.test) < 1000:
+        count, found = len(data.test), summary["linear_probe_accuracy"]
+        low, high = scores.accuracy_interval(found, count)
+        interval = f"{low:.1%} to {high:.1%}"
+        print(f"the linear probe's 95 % interval, of {count} test images, is {interval}")
+    if data.classes:
+        words = ["few_labels.py", str(folder)]
+        words += ["--methods", "mean,linear,spreading"]  # those that take seconds
+        if config.evaluate_on == "validation":
+            words += ["--evaluate-on", "validation"]
+        print("What it buys when few images have labels:")
+    else:
+        words = ["embed.py", str(folder), config.dataset]
+        print("What it sees in them:")
+    print("  python", shlex.join(words))
