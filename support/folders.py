@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from support import datasets, decoding
 from support.errors import UserError, require
 
 CACHE_VERSION = 3  # raise it when decoding changes
+COPY_ON_WRITE: Final = "c"  # torch wants a writable array, and nothing may reach the file
 
 
 def load_folder(
@@ -48,19 +50,7 @@ def load_folder(
         UserError: it has another layout, or holds what cannot be read.
     """
     try:
-        names = [] if unlabelled else [path.name for path in subfolders(folder)]
-        # `train` may also be the name of a class: then it holds images and has neighbours.
-        is_split = "train" in names and (
-            set(names) <= {"train", "test"} or bool(subfolders(folder / "train"))
-        )
-        others = sorted(set(names) - {"train", "test"}) if is_split else []
-        require(
-            not others,
-            f"{folder} has {', '.join(others)} beside train: call the folder of test images test, "
-            "and move others away",
-        )
-        train_folder = folder / "train" if is_split else folder
-        test_folder = folder / "test" if is_split and "test" in names else None
+        train_folder, test_folder = (folder, None) if unlabelled else _find_splits(folder)
         classes = [] if unlabelled else [p.name for p in subfolders(train_folder)]
         loose = image_files(train_folder, rules.suffixes, recursive=unlabelled)
         if not classes:
@@ -104,6 +94,21 @@ def load_folder(
         for part in (slice(count), slice(count, None))
     )
     return datasets.ImageData(folder.resolve().name, tuple(classes), train, test, value_range)
+
+
+def _find_splits(folder: Path) -> tuple[Path, Path | None]:
+    """Where the training and the test images lie: in the folder itself, if it is not split."""
+    names = {path.name for path in subfolders(folder)}
+    others = sorted(names - {"train", "test"})
+    # `train` may also be the name of a class: then it holds images and has neighbours.
+    if "train" not in names or (others and not subfolders(folder / "train")):
+        return folder, None
+    require(
+        not others,
+        f"{folder} has {', '.join(others)} beside train: call the folder of test images test, and "
+        "move others away",
+    )
+    return folder / "train", folder / "test" if "test" in names else None
 
 
 def _relative(paths: list[Path], folder: Path) -> np.ndarray:
@@ -238,59 +243,72 @@ def decode_readable(
 
 
 def _decode_cached(job: _Job, data_dir: Path) -> tuple[Tensor, dict[int, str], ValueRange]:
-    paths, folder, size, rules = job.paths, job.folder, job.size, job.rules
+    prefix, fingerprint = _name_cache(job)
+    cache = data_dir / "cache" / f"{prefix}{fingerprint}.npy"
+    shape = (len(job.paths), job.rules.channels or 3, job.size, job.size)
+    found = _open_cache(cache, shape)
+    if found is not None:
+        images, rows, value_range = found
+        known = dataclasses.replace(job.rules, value_range=value_range or job.rules.value_range)
+        broken, newer = _decode_into(images.numpy(), rows, dataclasses.replace(job, rules=known))
+        return images, broken, value_range or newer
+    try:
+        broken, value_range = _write_cache(cache, shape, job)
+        images = torch.from_numpy(np.lib.format.open_memmap(cache, COPY_ON_WRITE))
+    except OSError as error:
+        print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
+        array = np.empty(shape, np.uint8)
+        broken, value_range = _decode_into(array, range(len(job.paths)), job)
+        return torch.from_numpy(array), broken, value_range
+    for old in cache.parent.glob(f"{glob.escape(prefix)}*"):
+        if old.suffix in (".npy", ".json") and old.stem != cache.stem:
+            old.unlink(missing_ok=True)
+    return images, broken, value_range
+
+
+def _name_cache(job: _Job) -> tuple[str, str]:
+    """How the caches of a folder, a size and rules begin, and what the files' states add to it."""
+    folder, size, rules = job.folder, job.size, job.rules
     lines = []
-    for path in paths:
+    for path in job.paths:
+        name = str(path.relative_to(folder))
         try:
-            lines.append(f"{path.relative_to(folder)}\0{_file_state(path)}")
+            lines.append(f"{name}\0{_file_state(path)}")
         except OSError as error:
             if job.strict:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-            lines.append(f"{path.relative_to(folder)}")
+            lines.append(name)
     listing = "\n".join(lines)
     version = f"{CACHE_VERSION} {size} {rules}\n{listing}".encode(errors="surrogateescape")
     origin = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     kind = f"{size}-{zlib.crc32(repr(rules).encode()):08x}"  # others have caches of their own
-    stem = f"{'' if job.strict else 'readable-'}{folder.resolve().name}-{origin}-{kind}-"
-    cache = data_dir / "cache" / f"{stem}{hashlib.sha256(version).hexdigest()[:16]}.npy"
-    shape = (len(paths), rules.channels or 3, size, size)
+    prefix = f"{'' if job.strict else 'readable-'}{folder.resolve().name}-{origin}-{kind}-"
+    return prefix, hashlib.sha256(version).hexdigest()[:16]
 
-    found = _open_cache(cache, shape)
-    if found is not None:
-        images, rows, value_range = found
-        known = dataclasses.replace(rules, value_range=value_range or rules.value_range)
-        broken, newer = _decode_into(images.numpy(), rows, dataclasses.replace(job, rules=known))
-        return images, broken, value_range or newer
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        for left_behind in cache.parent.glob(".decoding-*"):  # by a process that was killed
-            if time.time() - left_behind.stat().st_mtime > 86_400:
-                shutil.rmtree(left_behind, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
-            draft = Path(temporary, "images.npy")
-            mapped = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
-                with open(draft, "rb+") as file:
-                    os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-            broken, value_range = _decode_into(mapped, range(len(paths)), job)
-            mapped.flush()
-            record = {"crc32": zlib.crc32(mapped.data), "broken": list(broken)}
-            record["value_range"] = value_range
-            Path(temporary, "sum.json").write_text(json.dumps(record))
-            del mapped  # Windows renames no file that is mapped
-            os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
-            os.replace(draft, cache)
-    except OSError as error:
-        print(f"Decoding without a cache: cannot write {cache} ({error.strerror}).")
-        array = np.empty(shape, np.uint8)
-        broken, value_range = _decode_into(array, range(len(paths)), job)
-        return torch.from_numpy(array), broken, value_range
-    for old in cache.parent.glob(f"{glob.escape(stem)}*"):
-        if old.suffix in (".npy", ".json") and old.stem != cache.stem:
-            old.unlink(missing_ok=True)
-    found = _open_cache(cache, shape)
-    require(found is not None, f"{cache} changed while it was written: start again")
-    return found[0], broken, value_range
+
+def _write_cache(
+    cache: Path, shape: tuple[int, ...], job: _Job
+) -> tuple[dict[int, str], ValueRange]:
+    """Decode all images into a cache that is whole or not there; returns as `_decode_into` does."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    for left_behind in cache.parent.glob(".decoding-*"):  # by a process that was killed
+        if time.time() - left_behind.stat().st_mtime > 86_400:
+            shutil.rmtree(left_behind, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".decoding-") as temporary:
+        draft = Path(temporary, "images.npy")
+        mapped = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a SIGBUS later
+            with open(draft, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
+        broken, value_range = _decode_into(mapped, range(len(job.paths)), job)
+        mapped.flush()
+        record = {"crc32": zlib.crc32(mapped.data), "broken": list(broken)}
+        record["value_range"] = value_range
+        Path(temporary, "sum.json").write_text(json.dumps(record))
+        del mapped  # Windows renames no file that is mapped
+        os.replace(Path(temporary, "sum.json"), cache.with_suffix(".json"))
+        os.replace(draft, cache)
+    return broken, value_range
 
 
 def _file_state(path: Path) -> str:
@@ -309,8 +327,7 @@ def _open_cache(cache: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int],
     if not os.path.exists(cache):  # or its folder may not be searched
         return None
     try:
-        # Copy on write: torch wants a writable array, and nothing may reach the file.
-        array = np.lib.format.open_memmap(cache, "c")
+        array = np.lib.format.open_memmap(cache, COPY_ON_WRITE)
         record = json.loads(cache.with_suffix(".json").read_text())
         same = array.shape == shape and array.dtype == np.uint8
         if same and zlib.crc32(array.data) == record["crc32"]:
