@@ -29,6 +29,9 @@ from support.errors import Diverged, UserError, require
 
 Log = Callable[[dict[str, Any], int], None]
 
+# The signals that stop a run as Ctrl-C does, by exit code. Windows has no SIGUSR1.
+STOPS = {128 + each: each for each in signal.Signals if each.name in ("SIGTERM", "SIGUSR1")}
+
 
 def run_script(main: Callable[[Any], dict], config_class: type, text: str) -> None:
     """Parse the command line into a `Config`, call `main` with it, and `exit_cleanly`."""
@@ -47,8 +50,7 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     def stop(signal_number: int, frame: Any) -> typing.NoReturn:
         raise SystemExit(128 + signal_number)
 
-    stops = {128 + number: number.name for number in _stopping_signals()}
-    for number in _stopping_signals():
+    for number in STOPS.values():
         signal.signal(number, stop)
     sys.unraisablehook = _stop_again_or(sys.unraisablehook)
     show_lines_at_once()
@@ -75,13 +77,9 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
     except KeyboardInterrupt as error:
         _exit_with(130, "stopped by Ctrl-C", error)
     except SystemExit as error:
-        if error.code in stops:
-            _exit_with(error.code, f"stopped by {stops[error.code]}", error)
+        if error.code in STOPS:
+            _exit_with(error.code, f"stopped by {STOPS[error.code].name}", error)
         raise
-
-
-def _stopping_signals() -> list[signal.Signals]:
-    return [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
 def _stop_again_or(show: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -92,9 +90,8 @@ def _stop_again_or(show: Callable[[Any], Any]) -> Callable[[Any], None]:
 
     def hook(dropped: Any) -> None:
         error = dropped.exc_value
-        stops: dict[Any, int] = {128 + number: number for number in _stopping_signals()}
-        code = error.code if isinstance(error, SystemExit) else None
-        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else stops.get(code)
+        code: Any = error.code if isinstance(error, SystemExit) else None
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else STOPS.get(code)
         if number is None:
             show(dropped)
             return
