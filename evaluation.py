@@ -65,7 +65,7 @@ def probe(
     files.write_csv(folder / "probe.csv", result.history)
     frozen.save_probe(folder / "probe.safetensors", result.tensors, data.classes)
     everything = torch.arange(len(data.test))
-    arrays = {"predictions": result.predictions.numpy(), **origin(data.test, everything)}
+    arrays = {"predictions": result.predictions.numpy(), **identify_images(data.test, everything)}
     files.write_arrays(folder / "predictions.npz", **arrays)
     title = f"Linear probe on the frozen encoder, {data.name}: {result.accuracy:.1%}"
     functions.plot_loss_and_accuracy(folder / "probe.png", result.history, title)
@@ -96,7 +96,7 @@ def images_to_map(data: datasets.ImageData) -> tuple[Tensor, datasets.Split]:
     return index, split.select(index)
 
 
-def origin(split: datasets.Split, index: Tensor) -> dict[str, np.ndarray]:
+def identify_images(split: datasets.Split, index: Tensor) -> dict[str, np.ndarray]:
     """What tells in an `.npz` which image a row is of, for images at `index` in their split.
 
     `index`, and `labels` and `paths` (of a folder's files) where there are any.
@@ -153,7 +153,7 @@ def embed(model: Any, data: datasets.ImageData, config: Any, folder: Path, fabri
     """
     index, split = images_to_map(data)
     features = functions.extract_features(model.encoder, split, fabric)
-    arrays = {"features": features.cpu().numpy(), **origin(split, index)}
+    arrays = {"features": features.cpu().numpy(), **identify_images(split, index)}
     if config.embedding == "umap" and not runs.has_package("umap", "umap-learn", "umap.png"):
         files.write_arrays(folder / "embeddings.npz", **arrays)
         return

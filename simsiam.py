@@ -222,7 +222,7 @@ def embed(
     `umap_*.png` and `umap_*.csv` with the coordinates, and `embedding.html` of z.
     """
     index, split = evaluation.images_to_map(data)
-    arrays = evaluation.origin(split, index)
+    arrays = evaluation.identify_images(split, index)
     labels = arrays.get("labels")
     has_umap = runs.has_package("umap", "umap-learn", "the map of z and p")
     for name, tail in (("z", ()), ("p", (model.predictor,))):

@@ -457,7 +457,7 @@ class Pretraining:
             embeddings=len(z),
             size=z.shape[1],
             normalised=min([len(self._z) // self.method.passes, *parts]),
-            knn_chance=verdict.luck(self.train.labels, len(self.monitor.queries)),
+            knn_chance=verdict.chance_accuracy(self.train.labels, len(self.monitor.queries)),
             constant=self._constant,
             frozen=any(not layer.training for layer in layers),
         )

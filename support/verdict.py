@@ -174,7 +174,7 @@ def describe(cause: str) -> str:
     return f"{light}: {what}; {change}"
 
 
-def luck(labels: Tensor | None, queries: int) -> float:
+def chance_accuracy(labels: Tensor | None, queries: int) -> float:
     """An accuracy that kNN exceeds by chance in one of a thousand cases, 0 without labels.
 
     That of the commonest class, and three standard errors of so many queries.

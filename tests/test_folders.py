@@ -176,7 +176,7 @@ def test_any_name_of_folder_class_and_file_works(tmp_path, folder, file):
     assert sorted(train + names_of(data.test, made)) == sorted(names)
     assert classes_of(data.train, data) == [path.split("/")[0] for path in train]
     index = torch.arange(len(data.test))
-    files.write_arrays(tmp_path / "where.npz", **evaluation.origin(data.test, index))
+    files.write_arrays(tmp_path / "where.npz", **evaluation.identify_images(data.test, index))
     arrays = files.read_arrays(tmp_path / "where.npz")
     assert arrays["paths"].tolist() == names_of(data.test, made)
     assert arrays["labels"].tolist() == data.test.labels.tolist()

@@ -619,7 +619,7 @@ def test_predictions_and_maps_tell_which_image_a_row_is_of(probed):
     right = (arrays["predictions"] == arrays["labels"]).mean()
     assert right == pytest.approx(probed.result["linear_probe_accuracy"])
     index, split = evaluation.images_to_map(probed.data)
-    mapped = evaluation.origin(split, index)
+    mapped = evaluation.identify_images(split, index)
     assert np.array_equal(mapped["labels"], arrays["labels"][mapped["index"]])
     assert torch.equal(split.images, probed.data.test.images[mapped["index"]])
 
@@ -633,7 +633,7 @@ def test_a_map_takes_ten_thousand_images_at_most_in_the_order_of_the_data(count)
     assert len(index) == len(index.unique()) == min(count, 10_000)
     assert index.tolist() == sorted(index.tolist())
     assert chosen.paths.tolist() == [f"{i}.png" for i in index]
-    arrays = evaluation.origin(chosen, index)
+    arrays = evaluation.identify_images(chosen, index)
     assert arrays.keys() == {"index", "paths"}
     assert arrays["paths"].tolist() == [f"{i}.png" for i in arrays["index"]]
     if count > 10_000:  # from everywhere, so from all classes of a folder

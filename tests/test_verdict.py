@@ -93,10 +93,10 @@ def test_views_are_compared_pixel_by_pixel():
 
 def test_luck_is_rarely_exceeded():
     labels = torch.tensor([0] * 60 + [1] * 40)
-    rarely = verdict.luck(labels, 200)
+    rarely = verdict.chance_accuracy(labels, 200)
     right = torch.distributions.Binomial(200, torch.tensor(0.6)).sample((20_000,)) / 200
     assert 0 < (right > rarely).float().mean().item() < 0.004
-    assert verdict.luck(None, 200) == 0
+    assert verdict.chance_accuracy(None, 200) == 0
 
 
 @pytest.fixture
