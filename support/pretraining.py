@@ -410,9 +410,13 @@ class Pretraining:
         z = self.share.gather(self._z)
         if not self.fabric.is_global_zero:
             return
-        row = {"epoch": done, "loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        row["seconds"] = seconds
-        row["images_per_second"] = self.steps * config.batch_size / seconds
+        row = {
+            "epoch": done,
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "images_per_second": self.steps * config.batch_size / seconds,
+        }
         began = time.perf_counter()
         row |= self.monitor.measure(self.model.encoder, z, done, done == config.epochs)
         row |= self._judge(row, z)
@@ -428,15 +432,20 @@ class Pretraining:
         self._saver.save(folder / "checkpoint.pt", *state)
         files.write_csv(folder / "metrics.csv", self.history)
         self.run.log(row, done)
+        self._print_epoch(row)
+
+    def _print_epoch(self, row: dict[str, Any]) -> None:
+        """A warning where an epoch is the first with its verdict; a line for each twentieth."""
+        done, epochs = row["epoch"], self.config.epochs
         said = {"good", *(before.get("verdict") for before in self.history[:-1])}
         if row["verdict"] not in said:
             reason = verdict.describe(row["verdict"]).partition(": ")[2]
             self._bar.write(f"warning in epoch {done}: {reason}")
-        if done % max(1, config.epochs // 20) == 0:
+        if done % max(1, epochs // 20) == 0:
             knn = f"  kNN {row['knn_held_out']:.1%}" if "knn_held_out" in row else ""
-            left = progress.format_seconds(seconds * self._epochs_after(epoch))
+            left = progress.format_seconds(row["seconds"] * self._epochs_after(done - 1))
             self._bar.write(
-                f"epoch {done:4}/{config.epochs}  loss {row['loss']:.4f}  "
+                f"epoch {done:4}/{epochs}  loss {row['loss']:.4f}  "
                 f"{row['images_per_second']:,.0f} images/s  {left} left{knn}"
             )
 
