@@ -328,7 +328,7 @@ def train(
         # The replay sets a learning rate, so what the checkpoint says of it must come afterwards.
         checkpoints.restore(checkpoint, model, optimizer)
     batches = Batches(training, config, len(finished))
-    saver = checkpoints.Saver(config.checkpoint_seconds)
+    saver = checkpoints.Saver(checkpoint, model, optimizer, config)
     size, device = config.batch_size, training.images.device
     with progress.bar((config.epochs - len(finished)) * len(batches) * size, cell) as bar:
         for epoch in range(len(finished), config.epochs):
@@ -358,7 +358,7 @@ def train(
             step_scheduler(scheduler, row["validation_loss"])
             history.append(row)
             checkpoints.check_finite(epoch + 1, model, optimizer)
-            saver.save(checkpoint, epoch + 1, model, optimizer, history, config)
+            saver.save(epoch + 1, history)
             files.write_csv(run.folder / "metrics.csv", history)
             run.log({f"{cell}_{name}": value for name, value in row.items()}, epoch + 1)
             if (epoch + 1) % max(1, config.epochs // 20) == 0:

@@ -73,25 +73,18 @@ def save(
 
 
 class Saver:
-    """Saves a checkpoint when `interval` seconds have passed since the last one, and at the end."""
+    """Saves a checkpoint when `--checkpoint-seconds` have passed since the last, and at the end."""
 
-    def __init__(self, interval: float):
-        self.interval, self.last = interval, time.monotonic()
+    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any):
+        self.path, self.model, self.optimizer, self.config = path, model, optimizer, config
+        self.last = time.monotonic()
         self.seconds = 0.0  # that the last call took
 
-    def save(
-        self,
-        path: Path,
-        epoch: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        history: list[dict[str, Any]],
-        config: Any,
-    ) -> None:
+    def save(self, epoch: int, history: list[dict[str, Any]]) -> None:
         """As the function `save`, if it is due."""
         began = time.monotonic()
-        if epoch == config.epochs or began - self.last >= self.interval:
-            save(path, epoch, model, optimizer, history, config)
+        if epoch == self.config.epochs or began - self.last >= self.config.checkpoint_seconds:
+            save(self.path, epoch, self.model, self.optimizer, history, self.config)
             self.last = time.monotonic()
         self.seconds = time.monotonic() - began
 

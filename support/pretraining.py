@@ -327,8 +327,8 @@ class Pretraining:
         self.history: list[dict[str, Any]] = []
         some = train.images[:: max(1, len(train) // 1000)]  # a folder's are sorted by class
         self._constant = bool((some == some[:1]).all())
-        self._saver = checkpoints.Saver(config.checkpoint_seconds)
         checkpoint = run.folder / "checkpoint.pt"
+        self._saver = checkpoints.Saver(checkpoint, model, optimizer, config)
         if config.resume is not None and checkpoint.exists():
             _, self.history = checkpoints.restore(checkpoint, model, optimizer)
             if fabric.is_global_zero:
@@ -423,13 +423,13 @@ class Pretraining:
         row["measure_seconds"] = time.perf_counter() - began
         row["checkpoint_seconds"] = self._saver.seconds  # of the last epoch's save
         self.history.append(row)
-        state = (done, self.model, self.optimizer, self.history, config)
         folder = self.run.folder
         if config.keep_every and done % config.keep_every == 0:
             # First: a run killed after checkpoint.pt would never come back to this epoch.
             files.make_folder(folder / "checkpoints")
-            checkpoints.save(folder / "checkpoints" / f"epoch{done}.pt", *state)
-        self._saver.save(folder / "checkpoint.pt", *state)
+            kept = folder / "checkpoints" / f"epoch{done}.pt"
+            checkpoints.save(kept, done, self.model, self.optimizer, self.history, config)
+        self._saver.save(done, self.history)
         files.write_csv(folder / "metrics.csv", self.history)
         self.run.log(row, done)
         self._print_epoch(row)
