@@ -411,7 +411,9 @@ def _decode_into(
 
 def _reason(error: Exception) -> str:
     """What is wrong with an image, in one line and without its path."""
-    if "cannot identify" in str(error):
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
         return "no image format that Pillow knows"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
