@@ -163,8 +163,6 @@ def _load_fashion_mnist(data_dir: Path, url: str | None) -> datasets.ImageData:
             with datasets.alone_in(folder):
                 datasets.fetch(path, FashionMNIST.mirrors[0] + name, url, md5)
         arrays.append(torch.from_numpy(datasets.read_idx(path, shape)))
-        good = len(shape) > 1 or int(arrays[-1].max()) < len(FASHION_MNIST_CLASSES)
-        require(good, f"{path} holds labels that are no classes: delete it and start again")
     return datasets.ImageData(
         "fashion-mnist",
         FASHION_MNIST_CLASSES,
