@@ -8,7 +8,6 @@ Letters in shape comments: N images, B batch, C H W channels, height, width, D f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +44,22 @@ def probe(
     Returns:
         What it adds to `summary.json`: accuracies in [0, 1].
     """
-    labels = (data.train.labels, data.test.labels)
-    features = [
+    labels, test_labels = data.train.labels, data.test.labels
+    features, test_features = (
         functions.extract_features(model.encoder, part, fabric) for part in (data.train, data.test)
-    ]
+    )
 
-    def train_probe(inputs: Sequence[Tensor]) -> functions.ProbeResult:
-        pairs = (inputs[0], labels[0], inputs[1], labels[1])
-        return functions.linear_probe(*pairs, epochs=config.probe_epochs, seed=config.seed)
+    def train_probe(known: Tensor, new: Tensor) -> functions.ProbeResult:
+        options = {"epochs": config.probe_epochs, "seed": config.seed}
+        return functions.linear_probe(known, labels, new, test_labels, **options)
 
-    result = train_probe(features)
+    result = train_probe(features, test_features)
     # What this evaluation leaves out, and an earlier one may not have, goes from the summary.
     optional = ("pixel_probe_accuracy", "few_label_accuracy_encoder", "few_label_accuracy_pixels")
     summary: dict[str, Any] = {
         **dict.fromkeys(optional),
         "linear_probe_accuracy": result.accuracy,
-        "knn_accuracy": functions.knn_accuracy(features[0], labels[0], features[1], labels[1]),
+        "knn_accuracy": functions.knn_accuracy(features, labels, test_features, test_labels),
     }
     files.write_csv(folder / "probe.csv", result.history)
     frozen.save_probe(folder / "probe.safetensors", result.tensors, data.classes)
@@ -73,15 +72,15 @@ def probe(
     summary["per_class_accuracy"] = functions.report_classes(
         result.predictions, data, folder, "", title
     )
-    inputs = {"encoder": features}
+    inputs = {"encoder": [features, test_features]}
     if config.pixel_baseline:
         pixels = [datasets.to_float(part.images).flatten(1) for part in (data.train, data.test)]
         inputs["pixels"] = pixels
-        summary["pixel_probe_accuracy"] = train_probe(pixels).accuracy
+        summary["pixel_probe_accuracy"] = train_probe(*pixels).accuracy
     if config.few_labels:
-        for name, (known, unknown) in inputs.items():
+        for name, (known, new) in inputs.items():
             summary[f"few_label_accuracy_{name}"] = functions.few_label_accuracy(
-                known, labels[0], unknown, labels[1], config.few_labels
+                known, labels, new, test_labels, config.few_labels
             )
     return summary
 
