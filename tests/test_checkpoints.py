@@ -61,10 +61,11 @@ def test_a_checkpoint_is_saved_when_it_is_due_and_after_the_last_epoch(monkeypat
     now, saved = [0.0], []
     monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(checkpoints, "save", lambda path, epoch, *rest: saved.append(epoch))
-    saver = checkpoints.Saver(60.0)
+    config = SimpleNamespace(epochs=10, checkpoint_seconds=60.0)
+    saver = checkpoints.Saver(None, None, None, config)
     for epoch in range(1, 11):
         now[0] += 25
-        saver.save(None, epoch, None, None, [], SimpleNamespace(epochs=10))
+        saver.save(epoch, [])
     assert saved == [3, 6, 9, 10]
 
 
