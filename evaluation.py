@@ -21,6 +21,7 @@ from support import (
     checkpoints,
     datasets,
     devices,
+    experiment,
     figures,
     files,
     frozen,
@@ -238,4 +239,4 @@ def finetune(
     return {"finetune_accuracy": final, "finetune_per_class_accuracy": accuracies}
 
 
-STAGES: dict[str, pretraining.Stage] = {"probe": probe, "embed": embed, "finetune": finetune}
+STAGES: dict[str, experiment.Stage] = {"probe": probe, "embed": embed, "finetune": finetune}

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import augment, datasets, devices, pretraining, runs, settings, verdict
+from support import augment, datasets, devices, experiment, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -336,7 +336,7 @@ def main(config: Config) -> dict[str, Any]:
         f"--bn-splits {config.bn_splits} does not divide among {processes * nodes} processes",
     )
     data = functions.load_dataset(config)
-    return pretraining.run_experiment(config, data, MoCo, pretrain, evaluation.STAGES)
+    return experiment.run_experiment(config, data, MoCo, pretrain, evaluation.STAGES)
 
 
 if __name__ == "__main__":

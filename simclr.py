@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import datasets, pretraining, runs, settings, verdict
+from support import datasets, experiment, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -240,7 +240,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.optimizer == "lars":
         runs.require_package("pytorch_optimizer", "pytorch-optimizer", "--optimizer lars")
     data = functions.load_dataset(config)
-    return pretraining.run_experiment(config, data, SimCLR, pretrain, evaluation.STAGES)
+    return experiment.run_experiment(config, data, SimCLR, pretrain, evaluation.STAGES)
 
 
 if __name__ == "__main__":

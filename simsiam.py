@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import augment, datasets, files, pretraining, randaugment, runs, verdict
+from support import augment, datasets, experiment, files, pretraining, randaugment, runs, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -258,7 +258,7 @@ def main(config: Config) -> dict[str, Any]:
     """
     data = functions.load_dataset(config)
     stages = {"probe": evaluation.probe, "embed": embed}
-    return pretraining.run_experiment(config, data, SimSiam, pretrain, stages)
+    return experiment.run_experiment(config, data, SimSiam, pretrain, stages)
 
 
 if __name__ == "__main__":

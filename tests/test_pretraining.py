@@ -22,6 +22,7 @@ from support import (
     checkpoints,
     datasets,
     devices,
+    experiment,
     files,
     pretraining,
     progress,
@@ -595,8 +596,8 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path):
 # --------------------------------------------------------------------------- the experiment
 
 
-def experiment(config, data=None, stages=None):
-    return pretraining.run_experiment(config, data or make_data(), Model, pretrain, stages or {})
+def do_experiment(config, data=None, stages=None):
+    return experiment.run_experiment(config, data or make_data(), Model, pretrain, stages or {})
 
 
 def test_a_training_that_diverges_says_what_is_kept_and_a_stage_does_not(tmp_path, monkeypatch):
@@ -604,10 +605,12 @@ def test_a_training_that_diverges_says_what_is_kept_and_a_stage_does_not(tmp_pat
         raise Diverged("the loss is nan")
 
     with pytest.raises(Diverged) as caught:
-        pretraining.run_experiment(make_config(tmp_path / "a"), make_data(), Model, diverge, {})
+        experiment.run_experiment(make_config(tmp_path / "a"), make_data(), Model, diverge, {})
     assert caught.value.__notes__ == ["Try a new run with a lower --learning-rate"]
     with pytest.raises(Diverged) as caught:
-        experiment(make_config(tmp_path / "b", stages="pretrain,first"), stages={"first": diverge})
+        do_experiment(
+            make_config(tmp_path / "b", stages="pretrain,first"), stages={"first": diverge}
+        )
     assert not hasattr(caught.value, "__notes__")
 
 
@@ -615,7 +618,7 @@ def test_a_training_that_diverges_says_what_is_kept_and_a_stage_does_not(tmp_pat
 def whole(tmp_path_factory):
     """The folder of a run of three epochs that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    experiment(make_config(folder))
+    do_experiment(make_config(folder))
     return folder / "tiny" / "run"
 
 
@@ -653,11 +656,11 @@ def test_a_killed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, whole,
         else:
             stop_at(checkpoints, "save_weights", 1)
         with pytest.raises(KeyboardInterrupt) as caught:
-            experiment(make_config(tmp_path))
+            do_experiment(make_config(tmp_path))
     folder = tmp_path / "tiny" / "run"
     assert f"--resume {folder}" in caught.value.__notes__[0]
     assert not (folder / "summary.json").exists()
-    experiment(make_config(tmp_path, resume=str(folder)))
+    do_experiment(make_config(tmp_path, resume=str(folder)))
     assert_same_state(state_of(folder), state_of(whole))
     assert metrics(folder) == metrics(whole)
     weights = "encoder.safetensors"
@@ -675,7 +678,7 @@ def test_a_seed_decides_the_run(tmp_path, monkeypatch, whole):
 
     def run(name, seed):
         config = make_config(tmp_path, name=name, seed=seed)
-        pretraining.run_experiment(config, make_data(), begin, pretrain, {})
+        experiment.run_experiment(config, make_data(), begin, pretrain, {})
         return state_of(tmp_path / "tiny" / name)
 
     torch.manual_seed(1)  # what was drawn before does not matter
@@ -692,16 +695,16 @@ def test_a_run_starts_from_given_weights_but_goes_on_from_its_own(tmp_path, whol
         return pretrain(model, *rest)
 
     config = make_config(tmp_path, weights=str(whole / "encoder.safetensors"))
-    pretraining.run_experiment(config, make_data(), Model, watched, {})
+    experiment.run_experiment(config, make_data(), Model, watched, {})
     assert "of the encoder's" in capsys.readouterr().out
     assert all(torch.equal(value, given[name]) for name, value in begun[0].items())
     again = dataclasses.replace(config, resume=str(tmp_path / "tiny" / "run"))
-    pretraining.run_experiment(again, make_data(), Model, watched, {})
+    experiment.run_experiment(again, make_data(), Model, watched, {})
     assert "of the encoder's" not in capsys.readouterr().out
 
 
 def test_more_epochs_of_a_finished_run_are_a_new_run_from_its_weights(tmp_path, capsys):
-    experiment(make_config(tmp_path, epochs=2))
+    do_experiment(make_config(tmp_path, epochs=2))
     old = tmp_path / "tiny" / "run"
     kept, begun = {path.name: path.read_bytes() for path in old.iterdir()}, []
 
@@ -710,7 +713,7 @@ def test_more_epochs_of_a_finished_run_are_a_new_run_from_its_weights(tmp_path, 
         return pretrain(model, data, config, *rest)
 
     longer = make_config(tmp_path, epochs=4, resume=str(old), name="longer")
-    pretraining.run_experiment(longer, make_data(), Model, watched, {})
+    experiment.run_experiment(longer, make_data(), Model, watched, {})
     assert "has finished its 2 epochs: a new run starts from its weights" in capsys.readouterr().out
     ((weights, config),) = begun
     saved = torch.load(old / "checkpoint.pt", weights_only=True)["model"]
@@ -726,7 +729,7 @@ def test_the_final_loss_is_the_last_not_the_best(tmp_path):
         times = ((1, 1.0, 2.0), (2, 3.0, 4.0))
         return [{"epoch": n, "loss": loss, "seconds": seconds} for n, loss, seconds in times]
 
-    summary = pretraining.run_experiment(make_config(tmp_path), make_data(), Model, pretrain, {})
+    summary = experiment.run_experiment(make_config(tmp_path), make_data(), Model, pretrain, {})
     assert summary == {"final_loss": 3.0, "pretrain_seconds": 6.0, "seconds": 6.0}
 
 
@@ -765,7 +768,7 @@ def test_stages_add_to_the_summary_in_their_order(tmp_path):
 
     stages = {"first": first, "second": second, "embed": None}
     config = make_config(tmp_path, stages="second,pretrain,first")
-    summary = experiment(config, stages=stages)
+    summary = do_experiment(config, stages=stages)
     folder = tmp_path / "tiny" / "run"
     assert [name for name, _ in seen] == ["first", "second"]
     assert torch.equal(seen[0][1], state_of(folder)["model"]["head.weight"])
@@ -779,7 +782,7 @@ def test_stages_add_to_the_summary_in_their_order(tmp_path):
     assert summary["seconds"] == pytest.approx(sum(spent))
 
     again = dataclasses.replace(config, resume=str(folder), stages="second", probe_epochs=7)
-    later = experiment(again, stages=stages)
+    later = do_experiment(again, stages=stages)
     assert later["text"] == "a word"
     assert len(seen) == 3
 
@@ -801,7 +804,7 @@ def test_an_interrupted_stage_keeps_its_checkpoint(tmp_path, monkeypatch, when):
 
     monkeypatch.setattr(runs.Run, "summarize", stop)
     with pytest.raises(KeyboardInterrupt):
-        experiment(make_config(tmp_path, stages="pretrain,first"), stages={"first": first})
+        do_experiment(make_config(tmp_path, stages="pretrain,first"), stages={"first": first})
     assert (tmp_path / "tiny" / "run" / "first_checkpoint.pt").exists()
 
 
@@ -810,7 +813,7 @@ def test_without_labels_the_map_alone_is_made(tmp_path, capsys):
     names = ("first", "embed", "second")
     stages = {name: lambda *arguments, name=name: done.append(name) for name in names}
     config = make_config(tmp_path, stages="pretrain,first,embed,second")
-    experiment(config, make_data(labels=False), stages)
+    do_experiment(config, make_data(labels=False), stages)
     printed = capsys.readouterr().out
     assert done == ["embed"]
     assert "first is skipped: it needs labels, and noise has none" in printed
@@ -828,7 +831,7 @@ def test_few_test_images_are_said_to_tell_little(tmp_path, capsys, tested):
     test = data.test.select(torch.arange(tested) % len(data.test))
     config = make_config(tmp_path, stages="pretrain,first")
     stages = {"first": lambda *arguments: {"linear_probe_accuracy": 0.75}}
-    experiment(config, dataclasses.replace(data, test=test), stages)
+    do_experiment(config, dataclasses.replace(data, test=test), stages)
     # Wilson's interval holds the accuracies from which 0.75 is 1.96 standard errors away at most.
     within = [p for p in np.linspace(0, 1, 10_001) if (p - 0.75) ** 2 <= 3.8415 * p * (1 - p) / 16]
     interval = f"{within[0]:.1%} to {within[-1]:.1%}"
@@ -848,7 +851,7 @@ def test_mistakes_that_the_data_shows_leave_no_folder(
     tmp_path, user_error, changes, count, labels, words
 ):
     with user_error(*words):
-        experiment(make_config(tmp_path, **changes), make_data(count, labels))
+        do_experiment(make_config(tmp_path, **changes), make_data(count, labels))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -859,7 +862,7 @@ def test_a_batch_divides_among_the_processes_that_a_cluster_starts(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with user_error("--batch-size 8", "3 processes"):
-        experiment(make_config(tmp_path))
+        do_experiment(make_config(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -870,10 +873,10 @@ def test_stages_alone_need_a_finished_run(tmp_path, monkeypatch, user_error):
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_csv", stop)
         with pytest.raises(KeyboardInterrupt):
-            experiment(make_config(tmp_path))
+            do_experiment(make_config(tmp_path))
     folder = str(tmp_path / "tiny" / "run")
     with user_error("finished 1 of 3 epochs"):
-        experiment(make_config(tmp_path, resume=folder, stages="first"))
+        do_experiment(make_config(tmp_path, resume=folder, stages="first"))
 
 
 def test_a_finished_run_is_evaluated_again_with_other_settings_of_evaluation_only(whole):
@@ -881,15 +884,15 @@ def test_a_finished_run_is_evaluated_again_with_other_settings_of_evaluation_onl
     changes = {"probe_epochs": 2, "few_labels": 0, "pixel_baseline": True, "stages": "first"}
     seen = []
     stages = {"first": lambda model, data, config, *_: seen.append(config.probe_epochs)}
-    experiment(dataclasses.replace(config, **changes), stages=stages)
+    do_experiment(dataclasses.replace(config, **changes), stages=stages)
     assert seen == [2]
     for name, value in {"epochs": 2, "jitter_probability": 0.1, "weight_decay": 1.0}.items():
         with pytest.raises(UserError, match=flags.flag(name)):
-            experiment(dataclasses.replace(config, **{name: value}))
+            do_experiment(dataclasses.replace(config, **{name: value}))
 
 
 def test_weights_that_are_not_there_use_up_no_name(tmp_path, user_error):
     for place in ("typo.pt", "."):  # a folder is no file of weights
         with user_error("there are no weights at"):
-            experiment(make_config(tmp_path / "out", weights=str(tmp_path / place)))
+            do_experiment(make_config(tmp_path / "out", weights=str(tmp_path / place)))
     assert not (tmp_path / "out").exists()
