@@ -202,6 +202,7 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
         path = Path(config.weights).expanduser()
         require(path.is_file(), f"there are no weights at {path}")
     images = len(data.train)
+    require(images > 1, f"{data.name} has a single training image: pretraining takes two at least")
     require(
         config.batch_size <= images,
         f"--batch-size {config.batch_size} is larger than the data set ({images} images): try "

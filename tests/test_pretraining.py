@@ -844,6 +844,7 @@ def test_few_test_images_are_said_to_tell_little(tmp_path, capsys, tested):
     [
         ({"stages": "first"}, 28, True, ("without pretrain", "--resume")),
         ({"batch_size": 30}, 28, True, ("--batch-size 30", "28 images")),
+        ({"batch_size": 2}, 1, True, ("single training image", "takes two")),
         ({"stages": "pretrain,embed", "batch_size": 2}, 4, False, ("at least 5", "not 4")),
     ],
 )
