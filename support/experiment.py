@@ -32,7 +32,7 @@ from support import (
     scores,
     verdict,
 )
-from support.errors import require
+from support.errors import UserError, require
 from support.pretraining import EVALUATION, READ_BY, PretrainingConfig
 
 Stage = Callable[[Any, datasets.ImageData, Any, Path, Any], dict[str, Any] | None]
@@ -236,25 +236,34 @@ def print_setup(
 
 
 def print_results(summary: dict[str, Any], folder: Path) -> None:
-    """Print the numbers and where everything is."""
-    print(f"final loss            {summary['final_loss']:.4f}")
-    for key, name in (
-        ("linear_probe_accuracy", "linear probe"),
-        ("pixel_probe_accuracy", "  on raw pixels"),
-        ("knn_accuracy", "kNN"),
-        ("few_label_accuracy_encoder", "{} labels per class"),
-        ("few_label_accuracy_pixels", "  on raw pixels"),
-        ("finetune_accuracy", "fine-tuned"),
-    ):
-        value = summary.get(key)
-        if isinstance(value, dict):
-            name = name.format(value["labels_per_class"])
-            print(f"{name:21} {value['mean']:.1%} ± {value['sd']:.1%} over {value['draws']} draws")
-        elif value is not None:
-            print(f"{name:21} {value:.1%}")
-    if "verdict" in summary:
-        print(f"verdict               {summary['verdict']}")
-    print(f"time                  {progress.format_seconds(summary['seconds'])}")
+    """Print the numbers and where everything is.
+
+    Raises:
+        UserError: somebody has changed `summary.json`, and not for the better.
+    """
+    try:
+        print(f"final loss            {summary['final_loss']:.4f}")
+        for key, name in (
+            ("linear_probe_accuracy", "linear probe"),
+            ("pixel_probe_accuracy", "  on raw pixels"),
+            ("knn_accuracy", "kNN"),
+            ("few_label_accuracy_encoder", "{} labels per class"),
+            ("few_label_accuracy_pixels", "  on raw pixels"),
+            ("finetune_accuracy", "fine-tuned"),
+        ):
+            value = summary.get(key)
+            if isinstance(value, dict):
+                name = name.format(value["labels_per_class"])
+                print(
+                    f"{name:21} {value['mean']:.1%} ± {value['sd']:.1%} over {value['draws']} draws"
+                )
+            elif value is not None:
+                print(f"{name:21} {value:.1%}")
+        if "verdict" in summary:
+            print(f"verdict               {summary['verdict']}")
+        print(f"time                  {progress.format_seconds(summary['seconds'])}")
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'summary.json'} is damaged: {error!r}") from error
     runs.print_folder(folder)
 
 

@@ -49,7 +49,7 @@ import few_labels
 import functions
 import rnn
 import simclr
-from support import checkpoints, datasets, files, pretraining, runs, settings
+from support import checkpoints, datasets, experiment, files, pretraining, runs, settings
 from support.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -247,7 +247,7 @@ def load_best(folder):
 
 
 def load_summary(folder):
-    runs.Run(folder).summarize({"final_loss": 1.25})
+    experiment.print_results(runs.Run(folder).summarize({"final_loss": 1.25}), folder)
 
 
 def load_pair(folder):
