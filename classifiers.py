@@ -158,7 +158,7 @@ def train_encoder(given: Given, rate: float, decay: float = 0.01, augmented: boo
             scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
             batch = datasets.to_float(batch)
             batch = augment.random_resized_crop(batch, scale=scale, flip=flip, generator=generator)
-        return split.normalize(batch)
+        return split.normalize_for_encoder(batch)
 
     classifier = add_linear_layer(given)
     train(given, classifier, split.images[given.chosen], prepare, rate, decay)
@@ -218,7 +218,7 @@ def fixmatch(given: Given) -> Tensor:
         weakly = augment_weakly(unlabelled, config, generator)
         strongly = augment_strongly(unlabelled, config, generator, host)
         batch = torch.cat([datasets.to_float(torch.cat([labelled, weakly])), strongly])
-        batch = split.normalize(batch)
+        batch = split.normalize_for_encoder(batch)
         sizes = [64, len(others), len(others)]
         logits, weak, strong = network(batch).split(sizes)  # (64, K), (64 r, K), (64 r, K)
         loss = fixmatch_loss(logits, given.labels[known], weak, strong, config.threshold)

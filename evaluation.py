@@ -204,7 +204,7 @@ def finetune(
 
     def prepare(images: Tensor, generator: torch.Generator) -> Tensor:
         images = pretraining.crop_views(images, config, generator, crop_only=True)
-        return data.train.normalize(images)
+        return data.train.normalize_for_encoder(images)
 
     epochs_left = config.finetune_epochs - len(history)
     with progress.bar(epochs_left * len(data.train), "finetune") as bar:

@@ -211,7 +211,7 @@ def extract_features(
     features = []
     with evaluating(encoder), fabric.autocast() if fabric else contextlib.nullcontext():
         for rows in index.to(split.images.device).split(batch_size):
-            inputs = split.normalize(split.images[rows].to(device))
+            inputs = split.normalize_for_encoder(split.images[rows].to(device))
             features.append(encoder(inputs).float())
     return torch.cat(features)
 

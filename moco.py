@@ -288,7 +288,7 @@ def pretrain(
     def make_view(images: Tensor, epoch: int, generator: augment.Generator) -> Tensor:
         drawn = pretraining.draw_views(images, config, generator)
         views = apply_views(images, drawn, config.view_side(epoch))
-        return data.train.normalize(views)  # (b, C, H, W)
+        return data.train.normalize_for_encoder(views)  # (b, C, H, W)
 
     def make_keys(view: Tensor, shuffling: torch.Generator) -> Tensor:
         order = torch.randperm(config.batch_size, generator=shuffling, device=view.device)

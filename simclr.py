@@ -214,7 +214,7 @@ def pretrain(
             copies = images.repeat(config.views, 1, 1, 1)  # (V b, C, H, W), first views first
             drawn = pretraining.draw_views(copies, config, generator)
             views = apply_views(copies, drawn, config.view_side(epoch))  # (V b, C, H, W) in [0, 1]
-            views = data.train.normalize(views)
+            views = data.train.normalize_for_encoder(views)
             if step == 0 and fabric.is_global_zero:
                 functions.plot_views(run.folder / "views.png", images, views, data.train)
             z = network(views)  # (V b, D)

@@ -200,7 +200,7 @@ def pretrain(
         batches = training.batches(epoch, on_host)
         for step, images, views in make_views(batches, config, config.view_side(epoch)):
             optimizer.param_groups[0]["lr"] = training.rate(peak, step)  # the predictor keeps it
-            views = data.train.normalize(views)
+            views = data.train.normalize_for_encoder(views)
             if step == 0 and fabric.is_global_zero:
                 functions.plot_views(run.folder / "views.png", images, views, data.train)
             z, p = network(*views.chunk(passes))  # (2b, D) each

@@ -41,7 +41,7 @@ def main() -> None:
         np.save(path, noise)
         images = torch.from_numpy(np.load(path, mmap_mode="c"))
         split = datasets.Split(images, None, mean=mean, std=std)
-        inputs = [split.normalize(part) for part in images.split(500)]
+        inputs = [split.normalize_for_encoder(part) for part in images.split(500)]
 
         def encoder_alone() -> None:
             with functions.evaluating(network), fabric.autocast():

@@ -40,7 +40,7 @@ def make_step(config: simclr.Config, size: int, fabric: Any) -> Any:
 
     def step() -> None:
         views = pretraining.crop_views(train.images.repeat(2, 1, 1, 1), config, generator)
-        z = network(train.normalize(views))
+        z = network(train.normalize_for_encoder(views))
         loss = simclr.nt_xent_loss(z, config.temperature)
         optimizer.zero_grad()
         fabric.backward(loss)

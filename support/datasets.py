@@ -56,13 +56,13 @@ class Split:
         return dataclasses.replace(self, mean=train.mean, std=train.std)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """`(images - mean) / std` by channel, of images `(B, C, H, W)`, uint8 or in [0, 1].
-
-        They lie in memory as the encoders want them, with the channels last.
-        """
+        """`(images - mean) / std` by channel, of images `(B, C, H, W)`, uint8 or in [0, 1]."""
         mean, std = (value[None, :, None, None] for value in (self.mean, self.std))
-        normalized = (to_float(images) - mean).div_(std)
-        return normalized.contiguous(memory_format=torch.channels_last)
+        return (to_float(images) - mean).div_(std)
+
+    def normalize_for_encoder(self, images: Tensor) -> Tensor:
+        """As `normalize`; they lie in memory as encoders want them, with the channels last."""
+        return self.normalize(images).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,7 @@ def pretrain(model, data, config, run, fabric):
         for step, images, generator in training.batches(epoch):
             optimizer.param_groups[0]["lr"] = training.rate(0.1, step)
             views = pretraining.crop_views(images.repeat(2, 1, 1, 1), config, generator)
-            z = model(data.train.normalize(views))
+            z = model(data.train.normalize_for_encoder(views))
             loss = z.square().mean()
             training.record(loss, z)
             optimizer.zero_grad()
