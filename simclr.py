@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import datasets, experiment, pretraining, runs, settings, verdict
+from support import datasets, experiment, muon, pretraining, runs, settings, verdict
 from support.errors import require
 from support.settings import setting
 
@@ -43,11 +43,11 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
     projection_size: int = setting(128, "model", "outputs of the head")
 
     batch_size: int = setting(512, "training", "images per step; each gives two views")
-    optimizer: Literal["sgd", "adam", "lars"] = setting(
-        "sgd", "training", "sgd and lars with momentum 0.9"
+    optimizer: Literal["sgd", "adam", "lars", "muon"] = setting(
+        "sgd", "training", "sgd and lars with momentum 0.9; muon: try a rate of 0.02, decay of 0.1"
     )
     learning_rate: float = setting(
-        0.06, "training", "peak; sgd and lars multiply it by batch size / 256, adam does not"
+        0.06, "training", "peak; sgd and lars multiply it by batch size / 256, the others do not"
     )
     temperature: float = setting(0.5, "training", "temperature of NT-Xent")
     loss: Literal["nt-xent", "dcl"] = setting(
@@ -171,14 +171,19 @@ class LogSumExp(torch.autograd.Function):
         return weight @ e, weight.T @ a, None
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer at its peak learning rate, scaled by batch size for sgd and lars."""
+def make_optimizer(model: Any, config: Config) -> torch.optim.Optimizer:
+    """The optimizer at its peak learning rate, scaled by batch size for sgd and lars.
+
+    Muon (Jordan et al. 2024) trains the encoder's matrices, AdamW at a tenth of the rate the rest.
+    """
     rate, decay = config.learning_rate, config.weight_decay
     scaled = rate * config.batch_size / 256
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True)
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), scaled, 0.9, weight_decay=decay, fused=True)
+    if config.optimizer == "muon":
+        return muon.Muon(model.encoder, list(model.parameters()), rate, decay)
     from pytorch_optimizer import LARS  # leaves biases and norms without decay and adaptation
 
     return LARS(model.parameters(), scaled, weight_decay=decay, momentum=0.9)

@@ -226,7 +226,7 @@ def test_training_equals_algorithm_1(
     torch.testing.assert_close(model.state_dict(), naive.state_dict(), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "lars", "muon"])
 def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabric, optimizer):
     if optimizer == "lars":
         pytest.importorskip("pytorch_optimizer")

@@ -1,0 +1,95 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), an optimizer of matrices.
+
+A step along the momentum would go farthest where the gradients agree most. Muon makes all singular
+values of the momentum about 1 first, so that every direction is learned at the same pace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """U V' of a matrix U S V' `(m, n)`, nearly: singular values become 0.7 to 1.2, tiny ones less.
+
+    Five Newton-Schulz steps x <- (a + b x x' + c (x x')^2) x with the coefficients of the page
+    above. The factors before x are multiplied first, as they are matrices of the smaller side: in
+    float32 that takes a third of the time, and no more than the steps as written in bfloat16.
+    """
+    wide = len(matrix) <= matrix.shape[1]
+    x = matrix if wide else matrix.T  # (r, c), r <= c
+    x = x / (x.norm() + 1e-7)  # no singular value is above 1 then
+    gram = x @ x.T  # (r, r)
+    product = factor = newton_schulz_factor(gram)
+    for _ in range(4):
+        gram = factor @ gram @ factor  # all are polynomials in the first gram, so they commute
+        factor = newton_schulz_factor(gram)
+        product = factor @ product
+    x = product @ x  # (r, c)
+    return x if wide else x.T
+
+
+def newton_schulz_factor(gram: Tensor) -> Tensor:
+    """The matrix a + b gram + c gram^2 of `(r, r)`."""
+    factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal().add_(3.4445)
+    return factor
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the convolutions and linear layers of an encoder, AdamW for all other weights.
+
+    Biases, norms and what follows the encoder have a tenth of the rate and no weight decay. The
+    schedule sets the rate of the first group, of the matrices; the second follows it.
+
+    Args:
+        encoder: whose matrices are meant; a convolution's has a row for each output channel.
+        weights: all that are trained, those of the encoder among them.
+        rate: of the matrices: how far each of their directions moves in a step.
+        weight_decay: of the matrices, decoupled: each step takes off this share times the rate.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        weights: list[nn.Parameter],
+        rate: float,
+        weight_decay: float,
+    ):
+        layers = [m for m in encoder.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        matrices = {id(layer.weight) for layer in layers}
+        groups = [
+            {"params": [w for w in weights if id(w) in matrices], "weight_decay": weight_decay},
+            {"params": [w for w in weights if id(w) not in matrices], "weight_decay": 0.0},
+        ]
+        super().__init__(groups, rate, betas=(0.9, 0.95), fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move all weights that have a gradient."""
+        first, second = self.param_groups
+        second["lr"] = first["lr"] / 10
+        gradients = [weight.grad for weight in first["params"]]
+        for weight in first["params"]:
+            if weight.grad is not None:
+                self._step_matrix(weight, first["lr"], first["weight_decay"])
+            weight.grad = None  # AdamW leaves out what has none
+        super().step(closure)
+        for weight, gradient in zip(first["params"], gradients, strict=True):
+            weight.grad = gradient
+
+    def _step_matrix(
+        self, weight: Tensor, rate: float, decay: float, momentum: float = 0.95
+    ) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+            state["step"] = torch.zeros(())  # AdamW looks for it in all states that it loads
+        buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        ahead = weight.grad.lerp(buffer, momentum)  # Nesterov's
+        update = orthogonalize(ahead.flatten(1)).reshape(weight.shape)
+        rows, columns = len(weight), weight[0].numel()
+        weight.mul_(1 - rate * decay).add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)

@@ -1,0 +1,78 @@
+"""Muon beside PyTorch's, and its orthogonal step beside the singular value decomposition."""
+
+import pytest
+import torch
+from torch import nn
+
+from support.muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 40), (40, 6)])
+def test_the_step_has_the_momentums_directions_and_singular_values_of_about_one(shape):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(1, 20, min(shape))
+    found = orthogonalize(1e3 * u @ values.diag() @ v)
+    inside = u.T @ found @ v.T  # the singular vectors are those of the matrix
+    torch.testing.assert_close(inside, inside.diag().diag(), rtol=0, atol=1e-4)
+    assert 0.65 < inside.diag().min() < inside.diag().max() < 1.25
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert not orthogonalize(torch.zeros(3, 4)).any()
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 16, 1), nn.Linear(16, 8)
+        )
+        self.head = nn.Linear(8, 4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_matrices_of_the_encoder_move_as_by_pytorchs_muon_and_all_else_as_by_adamw(
+    monkeypatch, layout
+):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # which PyTorch's rounds to
+    torch.manual_seed(0)
+    network = Network().to(memory_format=layout)
+    weights = dict(network.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    # PyTorch's takes matrices only: a convolution's kernel is unfolded to one.
+    theirs = {
+        name: nn.Parameter((value.flatten(1) if value.ndim > 1 else value).clone())
+        for name, value in before.items()
+    }
+    matrices = ["encoder.0.weight", "encoder.2.weight", "encoder.3.weight"]
+    rest = [weight for name, weight in theirs.items() if name not in matrices]
+    optimizers = [
+        torch.optim.Muon([theirs[name] for name in matrices], weight_decay=0.3, momentum=0.95),
+        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0),
+    ]
+    ours = Muon(network.encoder, list(network.parameters()), 1.0, 0.3)
+    for rate in (0.02, 0.01, 0.005):
+        ours.param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"] = rate
+        optimizers[1].param_groups[0]["lr"] = rate / 10
+        for name, weight in weights.items():
+            weight.grad = torch.randn_like(weight)  # in its layout
+            theirs[name].grad = weight.grad.reshape(theirs[name].shape).clone()
+        for optimizer in (ours, *optimizers):
+            optimizer.step()
+    for name, value in before.items():
+        moved = theirs[name] - value.reshape(theirs[name].shape)
+        differs = theirs[name] - weights[name].reshape(theirs[name].shape)
+        assert moved.norm() > 0, name
+        assert differs.norm() < 1e-4 * moved.norm(), name
+
+
+def test_gradients_stay_and_what_has_none_is_left_alone():
+    network = Network()
+    before = network.encoder[3].weight.detach().clone()
+    optimizer = Muon(network.encoder, list(network.parameters()), 0.1, 0.1)
+    network.encoder[0].weight.grad = torch.ones(64, 3, 3, 3)
+    optimizer.step()
+    assert (network.encoder[0].weight.grad == 1).all()
+    assert torch.equal(network.encoder[3].weight, before)
+    assert list(optimizer.state) == [network.encoder[0].weight]
