@@ -35,7 +35,17 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import augment, datasets, devices, experiment, pretraining, runs, settings, verdict
+from support import (
+    augment,
+    datasets,
+    devices,
+    experiment,
+    muon,
+    pretraining,
+    runs,
+    settings,
+    verdict,
+)
 from support.errors import require
 from support.settings import setting
 
@@ -58,9 +68,10 @@ class Config(
     )
 
     batch_size: int = setting(512, "training", "images per step; each gives two views")
-    learning_rate: float = setting(
-        0.03, "training", "SGD's peak, multiplied by batch size / 256; momentum 0.9"
+    optimizer: Literal["sgd", "muon"] = setting(
+        "sgd", "training", "sgd with momentum 0.9; muon: try a rate of 0.02 and a decay of 0.1"
     )
+    learning_rate: float = setting(0.03, "training", "peak; sgd multiplies it by batch size / 256")
     temperature: float = setting(0.1, "training", "temperature of InfoNCE")
     queue_size: int = setting(
         4096, "training", "keys that serve as negatives; far fewer than there are images"
@@ -250,6 +261,15 @@ def encode_keys(
     return share.gather(F.normalize(keys.float(), dim=1))[order.argsort()]  # (B, D)
 
 
+def make_optimizer(model: MoCo, config: Config) -> torch.optim.Optimizer:
+    """SGD at its peak rate, scaled by batch size / 256, or Muon (Jordan et al. 2024)."""
+    weights, rate, decay = model.query_parameters(), config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        return muon.Muon(model.encoder, weights, rate, decay)
+    scaled = rate * config.batch_size / 256
+    return torch.optim.SGD(weights, scaled, 0.9, weight_decay=decay, fused=True)
+
+
 def pretrain(
     model: MoCo, data: datasets.ImageData, config: Config, run: runs.Run, fabric: Any
 ) -> list[dict[str, Any]]:
@@ -264,9 +284,8 @@ def pretrain(
     Raises:
         Diverged: the loss is not finite; the last checkpoint is kept.
     """
-    rate, decay = config.learning_rate * config.batch_size / 256, config.weight_decay
-    weights = model.query_parameters()
-    optimizer = torch.optim.SGD(weights, rate, 0.9, weight_decay=decay, fused=True)
+    optimizer = make_optimizer(model, config)
+    peak = optimizer.param_groups[0]["lr"]
     monitor = functions.Monitor(data.train, config.knn_every, fabric)
     chance = math.log(config.queue_size + 1)  # the loss of equal embeddings
     method = verdict.Method(chance_loss=chance, temperature=config.temperature)
@@ -302,7 +321,7 @@ def pretrain(
             for _, images, generator in itertools.islice(training.batches(config.epochs), fill):
                 model.enqueue(make_keys(make_view(images, 0, generator), shuffling))
         for step, images, generator in training.batches(epoch):
-            optimizer.param_groups[0]["lr"] = training.rate(rate, step)
+            optimizer.param_groups[0]["lr"] = training.rate(peak, step)
             x1, x2 = (make_view(images, epoch, generator) for _ in range(2))
             if step == 0 and fabric.is_global_zero:
                 views = torch.cat([x1, x2])

@@ -28,7 +28,17 @@ from torch import Tensor, nn
 
 import evaluation
 import functions
-from support import augment, datasets, experiment, files, pretraining, randaugment, runs, verdict
+from support import (
+    augment,
+    datasets,
+    experiment,
+    files,
+    muon,
+    pretraining,
+    randaugment,
+    runs,
+    verdict,
+)
 from support.errors import require
 from support.settings import setting
 
@@ -52,8 +62,11 @@ class Config(
     )
     projector_layers: int = setting(2, "model", "layers of the paper's projector, 2 or 3")
 
+    optimizer: Literal["sgd", "muon"] = setting(
+        "sgd", "training", "sgd with momentum 0.9; muon: try a rate of 0.02 and a decay of 0.1"
+    )
     learning_rate: float = setting(
-        1.6, "training", "SGD's peak, multiplied by batch size / 256; the predictor keeps it"
+        1.6, "training", "peak; sgd multiplies it by batch size / 256, and its predictor keeps it"
     )
 
     augmentation: Literal["randaugment", "crop"] = setting(
@@ -163,14 +176,18 @@ def make_views(
 
 
 def make_optimizer(model: SimSiam, config: Config) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, its rate scaled by batch size / 256; a second group of the predictor.
+    """SGD at its peak rate, scaled by batch size / 256, or Muon (Jordan et al. 2024).
 
-    A predictor whose rate does not decay adapts to the latest representations (Table 1c).
+    SGD has a second group, of the predictor: one whose rate does not decay adapts to the latest
+    representations (Table 1c). Under Muon it decays as all else does.
     """
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        return muon.Muon(model.encoder, list(model.parameters()), rate, decay)
     rest = [*model.encoder.parameters(), *model.projector.parameters()]
     groups = [{"params": rest}, {"params": list(model.predictor.parameters())}]
-    rate, decay = config.learning_rate * config.batch_size / 256, config.weight_decay
-    return torch.optim.SGD(groups, rate, 0.9, weight_decay=decay, fused=True)
+    scaled = rate * config.batch_size / 256
+    return torch.optim.SGD(groups, scaled, 0.9, weight_decay=decay, fused=True)
 
 
 def pretrain(
@@ -199,7 +216,7 @@ def pretrain(
     for epoch in training.epochs():
         batches = training.batches(epoch, on_host)
         for step, images, views in make_views(batches, config, config.view_side(epoch)):
-            optimizer.param_groups[0]["lr"] = training.rate(peak, step)  # the predictor keeps it
+            optimizer.param_groups[0]["lr"] = training.rate(peak, step)  # SGD's predictor keeps it
             views = data.train.normalize_for_encoder(views)
             if step == 0 and fabric.is_global_zero:
                 functions.plot_views(run.folder / "views.png", images, views, data.train)

@@ -338,9 +338,11 @@ def test_a_queue_of_more_keys_than_images_is_announced(tmp_path, capsys, fabric)
         assert capsys.readouterr().out.count("more than the 28 images") == said
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabric, symmetric):
-    config, data = small_config(epochs=4, symmetric=symmetric), make_data()
+@pytest.mark.parametrize(("symmetric", "optimizer"), [(False, "sgd"), (True, "muon")])
+def test_a_stopped_run_repeats_an_uninterrupted_one(
+    tmp_path, monkeypatch, fabric, symmetric, optimizer
+):
+    config, data = small_config(epochs=4, symmetric=symmetric, optimizer=optimizer), make_data()
     whole, _ = pretrain(tmp_path / "whole", config, data, fabric)
     measure = functions.Monitor.measure
 

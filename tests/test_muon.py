@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import moco
+import simclr
+import simsiam
 from support.muon import Muon, orthogonalize
 
 
@@ -65,6 +68,22 @@ def test_matrices_of_the_encoder_move_as_by_pytorchs_muon_and_all_else_as_by_ada
         differs = theirs[name] - weights[name].reshape(theirs[name].shape)
         assert moved.norm() > 0, name
         assert differs.norm() < 1e-4 * moved.norm(), name
+
+
+@pytest.mark.parametrize("script", [simclr, simsiam, moco])
+def test_each_method_gives_muon_the_encoders_convolutions_and_adamw_all_else(script):
+    model_class = {simclr: "SimCLR", simsiam: "SimSiam", moco: "MoCo"}[script]
+    config = script.Config(
+        encoder="resnet18", width=8, optimizer="muon", learning_rate=0.03, weight_decay=0.2
+    )
+    model = getattr(script, model_class)(config, 3, 16)
+    optimizer = script.make_optimizer(model, config)
+    matrices, rest = ({id(w) for w in group["params"]} for group in optimizer.param_groups)
+    assert matrices == {id(w) for w in model.encoder.parameters() if w.ndim == 4}
+    trained = {id(w) for name, w in model.named_parameters() if not name.startswith("key_encoder")}
+    assert rest == trained - matrices
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0]
+    assert optimizer.param_groups[0]["lr"] == 0.03  # not scaled by the batch
 
 
 def test_gradients_stay_and_what_has_none_is_left_alone():

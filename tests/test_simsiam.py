@@ -307,9 +307,12 @@ def test_views_have_the_size_of_their_epoch(tmp_path, monkeypatch, fabric):
     assert seen == [[(28, 3, 4, 4)]] * 2 + [[(28, 3, 6, 6)]] * 2
 
 
-@pytest.mark.parametrize("augmentation", ["randaugment", "crop"])
-def test_a_stopped_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, fabric, augmentation):
-    config, data = small_config(epochs=4, augmentation=augmentation), make_data()
+@pytest.mark.parametrize(("augmentation", "optimizer"), [("randaugment", "sgd"), ("crop", "muon")])
+def test_a_stopped_run_repeats_an_uninterrupted_one(
+    tmp_path, monkeypatch, fabric, augmentation, optimizer
+):
+    config = small_config(epochs=4, augmentation=augmentation, optimizer=optimizer)
+    data = make_data()
     whole, _ = pretrain(tmp_path / "whole", config, data, fabric)
     measure = functions.Monitor.measure
 
