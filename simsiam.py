@@ -86,6 +86,11 @@ class Config(
         require(1 <= self.num_ops <= 100, f"--num-ops must be in [1, 100], not {self.num_ops}")
         require(0 <= self.magnitude <= 30, f"--magnitude must be in [0, 30], not {self.magnitude}")
         require(
+            self.optimizer != "muon" or self.learning_rate <= 0.5,
+            f"--optimizer muon with --learning-rate {self.learning_rate:g}, which is SGD's: "
+            "try 0.02, and --weight-decay 0.1",
+        )
+        require(
             self.view_size is None or self.augmentation == "crop",
             "--view-size needs --augmentation crop",
         )

@@ -311,7 +311,10 @@ def test_views_have_the_size_of_their_epoch(tmp_path, monkeypatch, fabric):
 def test_a_stopped_run_repeats_an_uninterrupted_one(
     tmp_path, monkeypatch, fabric, augmentation, optimizer
 ):
-    config = small_config(epochs=4, augmentation=augmentation, optimizer=optimizer)
+    rate = {"sgd": 0.4, "muon": 0.02}[optimizer]
+    config = small_config(
+        epochs=4, augmentation=augmentation, optimizer=optimizer, learning_rate=rate
+    )
     data = make_data()
     whole, _ = pretrain(tmp_path / "whole", config, data, fabric)
     measure = functions.Monitor.measure
@@ -458,6 +461,7 @@ def test_the_maps_are_of_z_and_p(finished):
         ("--magnitude 31", "--magnitude must be in [0, 30], not 31"),
         ("--magnitude -1", "--magnitude must be in [0, 30], not -1"),
         ("--encoder resnet18 --view-size 8", "--view-size needs --augmentation crop"),
+        ("--optimizer muon", "--optimizer muon with --learning-rate 1.6, which is SGD's: try 0.02"),
         ("--head linear", "invalid choice"),
         ("--stages pretrain,finetune", "--stages knows pretrain,probe,embed"),
     ],
