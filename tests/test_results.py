@@ -115,7 +115,7 @@ def test_four_views_are_what_was_measured():
     with (ROOT / "docs/results/pilots/simclr-scores.csv").open(newline="") as file:
         scores = {row["name"]: row for row in csv.DictReader(file)}
     said = table("docs/cpu_hour.md", "## What has been tried since")
-    assert {row["pilot"] for row in said} == scores.keys() - {"base"}
+    assert {row["pilot"] for row in said} == {name for name in scores if name.endswith("-20")}
     for row in said:
         for column in ("linear probe", "kNN"):
             score = float(scores[row["pilot"]][f"{column.lower().replace(' ', '_')}_accuracy"])
@@ -181,6 +181,35 @@ def test_twice_as_many_epochs_of_simsiam_bring_what_was_measured():
     said = f"{linear} % in the linear probe, {knn} % by kNN and {few_labels} % from 10 labels"
     assert said in (ROOT / "docs/results.md").read_text()
     assert {(run.settings["epochs"], run.settings["learning_rate"]) for run in runs} == {(46, 1.6)}
+
+
+def test_muon_is_what_was_measured():
+    scores = {}
+    for name in ("simclr", "cifar-small"):
+        with (ROOT / f"docs/results/pilots/{name}-scores.csv").open(newline="") as file:
+            scores |= {row["name"]: row for row in csv.DictReader(file)}
+    for row in table("docs/results.md", "## Muon"):
+        found = [
+            score
+            for score in scores.values()
+            if describe_pilot(score) == tuple(row.values())[:4]
+            and row["linear probe"] == f"{100 * float(score['linear_probe_accuracy']):.1f} %"
+            and row["kNN"] == f"{100 * float(score['knn_accuracy']):.1f} %"
+        ]
+        assert len(found) == 1, row
+
+
+def describe_pilot(score):
+    """The columns of the table of Muon that tell the run."""
+    config_class = importlib.import_module(score["script"]).Config
+    config = settings.parse_config(config_class, shlex.split(score["flags"]), "")
+    muon = config.optimizer == "muon"
+    optimizer = "Muon" if muon else "SGD"
+    optimizer += ", rate 0.04" * (muon and config.learning_rate == 0.04)
+    optimizer += ", `--loss dcl`" * (getattr(config, "loss", "") == "dcl")
+    titles = {"simclr": "SimCLR", "moco": "MoCo", "simsiam": "SimSiam"}
+    encoder = config.encoder.replace("resnet18", "ResNet18")
+    return titles[score["script"]], encoder, str(config.epochs), optimizer
 
 
 def test_what_mocos_queue_begins_with_makes_what_was_measured():
