@@ -35,6 +35,7 @@ from support import (
     encoders,
     figures,
     files,
+    muon,
     progress,
     recurrent,
     report,
@@ -70,6 +71,9 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
     )
     recurrent_init: Literal["uniform", "orthogonal"] = setting(
         "uniform", "model", "first recurrent weights: PyTorch's uniform, or orthogonal"
+    )
+    optimizer: Literal["adam", "muon"] = setting(
+        "adam", "training", "muon: of the recurrent weights; try a rate of 0.02, a decay of 0.1"
     )
     schedule: Literal["plateau", "cosine"] = setting(
         "plateau", "training", "plateau: a tenth of the rate when the validation loss stays"
@@ -171,9 +175,11 @@ def make_model(config: Config, cell: str, data: datasets.ImageData) -> RowRNN:
     return RowRNN(config, cell, channels * width, len(data.classes))
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Adam, fused: several times faster than the default on a CPU."""
+def make_optimizer(model: Any, config: Config) -> torch.optim.Optimizer:
+    """Adam, fused: several times faster than the default on a CPU. Or Muon (Jordan et al. 2024)."""
     rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        return muon.Muon(model.recurrent, list(model.parameters()), rate, decay)
     return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True)
 
 

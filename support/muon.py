@@ -42,14 +42,29 @@ def newton_schulz_factor(gram: Tensor) -> Tensor:
     return factor
 
 
+def find_matrices(module: nn.Module) -> dict[Tensor, int]:
+    """The matrices in a module, each with the number of its rows that are a matrix of their own.
+
+    A convolution's has a row for each output channel; a recurrent layer has one for each gate.
+    """
+    rows: dict[Tensor, int] = {}
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            rows[layer.weight] = len(layer.weight)
+        elif isinstance(layer, nn.RNNBase):
+            named = layer.named_parameters()
+            rows |= {w: layer.hidden_size for name, w in named if name.startswith("weight")}
+    return rows
+
+
 class Muon(torch.optim.AdamW):
-    """Muon for the convolutions and linear layers of an encoder, AdamW for all other weights.
+    """Muon for the matrices of an encoder, AdamW for all other weights.
 
     Biases, norms and what follows the encoder have a tenth of the rate and no weight decay. The
     schedule sets the rate of the first group, of the matrices; the second follows it.
 
     Args:
-        encoder: whose matrices are meant; a convolution's has a row for each output channel.
+        encoder: whose convolutions, linear and recurrent layers are meant.
         weights: all that are trained, those of the encoder among them.
         rate: of the matrices: how far each of their directions moves in a step.
         weight_decay: of the matrices, decoupled: each step takes off this share times the rate.
@@ -62,17 +77,20 @@ class Muon(torch.optim.AdamW):
         rate: float,
         weight_decay: float,
     ):
-        layers = [m for m in encoder.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        matrices = {id(layer.weight) for layer in layers}
+        self.rows = find_matrices(encoder)
         groups = [
-            {"params": [w for w in weights if id(w) in matrices], "weight_decay": weight_decay},
-            {"params": [w for w in weights if id(w) not in matrices], "weight_decay": 0.0},
+            {"params": [w for w in weights if w in self.rows], "weight_decay": weight_decay},
+            {"params": [w for w in weights if w not in self.rows], "weight_decay": 0.0},
         ]
         super().__init__(groups, rate, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move all weights that have a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """Move all weights that have a gradient; return the loss of `closure`, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         first, second = self.param_groups
         second["lr"] = first["lr"] / 10
         gradients = [weight.grad for weight in first["params"]]
@@ -80,9 +98,10 @@ class Muon(torch.optim.AdamW):
             if weight.grad is not None:
                 self._step_matrix(weight, first["lr"], first["weight_decay"])
             weight.grad = None  # AdamW leaves out what has none
-        super().step(closure)
+        super().step()
         for weight, gradient in zip(first["params"], gradients, strict=True):
             weight.grad = gradient
+        return loss
 
     def _step_matrix(
         self, weight: Tensor, rate: float, decay: float, momentum: float = 0.95
@@ -93,6 +112,7 @@ class Muon(torch.optim.AdamW):
             state["step"] = torch.zeros(())  # AdamW looks for it in all states that it loads
         buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
         ahead = weight.grad.lerp(buffer, momentum)  # Nesterov's
-        update = orthogonalize(ahead.flatten(1)).reshape(weight.shape)
-        rows, columns = len(weight), weight[0].numel()
+        rows, columns = self.rows[weight], weight[0].numel()
+        parts = [orthogonalize(part) for part in ahead.flatten(1).split(rows)]
+        update = torch.cat(parts).reshape(weight.shape)
         weight.mul_(1 - rate * decay).add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)

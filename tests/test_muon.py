@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import moco
+import rnn
 import simclr
 import simsiam
 from support.muon import Muon, orthogonalize
@@ -31,6 +32,7 @@ class Network(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 16, 1), nn.Linear(16, 8)
         )
+        self.encoder.append(nn.GRU(8, 4))
         self.head = nn.Linear(8, 4)
 
 
@@ -43,15 +45,22 @@ def test_matrices_of_the_encoder_move_as_by_pytorchs_muon_and_all_else_as_by_ada
     network = Network().to(memory_format=layout)
     weights = dict(network.named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    # PyTorch's takes matrices only: a convolution's kernel is unfolded to one.
+
+    def split(name, value):
+        """As PyTorch's takes it: a kernel unfolded to a matrix, the three gates one by one."""
+        value = value.flatten(1) if value.ndim > 1 else value
+        return value.chunk(3) if "weight_ih" in name or "weight_hh" in name else [value]
+
     theirs = {
-        name: nn.Parameter((value.flatten(1) if value.ndim > 1 else value).clone())
+        name: [nn.Parameter(part.clone()) for part in split(name, value)]
         for name, value in before.items()
     }
-    matrices = ["encoder.0.weight", "encoder.2.weight", "encoder.3.weight"]
-    rest = [weight for name, weight in theirs.items() if name not in matrices]
+    layers = ("0.weight", "2.weight", "3.weight", "4.weight_ih_l0", "4.weight_hh_l0")
+    matrices = [part for layer in layers for part in theirs[f"encoder.{layer}"]]
+    known = {id(part) for part in matrices}
+    rest = [part for parts in theirs.values() for part in parts if id(part) not in known]
     optimizers = [
-        torch.optim.Muon([theirs[name] for name in matrices], weight_decay=0.3, momentum=0.95),
+        torch.optim.Muon(matrices, weight_decay=0.3, momentum=0.95),
         torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0),
     ]
     ours = Muon(network.encoder, list(network.parameters()), 1.0, 0.3)
@@ -60,12 +69,13 @@ def test_matrices_of_the_encoder_move_as_by_pytorchs_muon_and_all_else_as_by_ada
         optimizers[1].param_groups[0]["lr"] = rate / 10
         for name, weight in weights.items():
             weight.grad = torch.randn_like(weight)  # in its layout
-            theirs[name].grad = weight.grad.reshape(theirs[name].shape).clone()
+            for part, gradient in zip(theirs[name], split(name, weight.grad), strict=True):
+                part.grad = gradient.clone()
         for optimizer in (ours, *optimizers):
             optimizer.step()
     for name, value in before.items():
-        moved = theirs[name] - value.reshape(theirs[name].shape)
-        differs = theirs[name] - weights[name].reshape(theirs[name].shape)
+        moved = torch.cat(theirs[name]) - torch.cat(split(name, value))
+        differs = torch.cat(theirs[name]) - torch.cat(split(name, weights[name].detach()))
         assert moved.norm() > 0, name
         assert differs.norm() < 1e-4 * moved.norm(), name
 
@@ -84,6 +94,15 @@ def test_each_method_gives_muon_the_encoders_convolutions_and_adamw_all_else(scr
     assert rest == trained - matrices
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0]
     assert optimizer.param_groups[0]["lr"] == 0.03  # not scaled by the batch
+
+
+def test_rnn_gives_muon_its_recurrent_layers_and_adamw_all_else():
+    config = rnn.Config(optimizer="muon", learning_rate=0.03, num_layers=2, bidirectional=True)
+    model = rnn.RowRNN(config, "lstm", 8, 10)
+    matrices, rest = (group["params"] for group in rnn.make_optimizer(model, config).param_groups)
+    assert len(matrices) == 2 * 2 * 2  # of inputs and states, two layers, two directions
+    assert {id(w) for w in matrices} < {id(w) for w in model.recurrent.parameters()}
+    assert len(matrices) + len(rest) == len(list(model.parameters()))
 
 
 def test_gradients_stay_and_what_has_none_is_left_alone():

@@ -471,10 +471,20 @@ def test_it_learns(tmp_path):
 
 
 @pytest.mark.usefixtures("unrendered_pictures")
-@pytest.mark.parametrize(("cell", "schedule"), [("rnn", "plateau"), ("gru", "cosine")])
-def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, cell, schedule):
+@pytest.mark.parametrize(
+    ("cell", "schedule", "optimizer"), [("rnn", "plateau", "adam"), ("gru", "cosine", "muon")]
+)
+def test_a_resumed_run_repeats_an_uninterrupted_one(
+    tmp_path, monkeypatch, cell, schedule, optimizer
+):
     config = small_config(
-        tmp_path, cells="rnn,gru", epochs=6, patience=1, schedule=schedule, train_fraction=0.3
+        tmp_path,
+        cells="rnn,gru",
+        epochs=6,
+        patience=1,
+        schedule=schedule,
+        optimizer=optimizer,
+        train_fraction=0.3,
     )
     evaluate, seen = rnn.evaluate, []
 

@@ -120,16 +120,16 @@ def test_a_trial_has_the_settings_of_the_sweep(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cell", "precision", "augmentation"),
+    ("cell", "precision", "augmentation", "optimizer"),
     [
-        ("gru", "float32", "standard"),
-        ("gru", "bfloat16", "none"),
-        ("lstm", "auto", "standard"),
-        ("rnn", "auto", "none"),
+        ("gru", "float32", "standard", "adam"),
+        ("gru", "bfloat16", "none", "adam"),
+        ("lstm", "auto", "standard", "muon"),
+        ("rnn", "auto", "none", "adam"),
     ],
 )
 def test_lightning_and_rnn_train_end_with_the_same_weights(
-    tmp_path, digits, cell, precision, augmentation
+    tmp_path, digits, cell, precision, augmentation, optimizer
 ):
     config = rnn.Config(
         dataset="digits",
@@ -141,6 +141,7 @@ def test_lightning_and_rnn_train_end_with_the_same_weights(
         device="cpu",
         precision=precision,
         augmentation=augmentation,
+        optimizer=optimizer,
     )
     module = tune.make_module(config, cell, *digits)
     start = [p.detach().clone() for p in module.model.parameters()]
