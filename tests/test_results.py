@@ -285,6 +285,7 @@ def test_few_labels_together_are_what_was_measured(data, heading, counts):
     [
         ("fashion-mnist-encoders", "## Three methods in equal minutes"),
         ("cifar10-encoders", "### The same on CIFAR-10"),
+        ("cifar10-resnets", "### The same with a ResNet"),
     ],
 )
 def test_three_methods_are_what_was_measured(name, heading):
