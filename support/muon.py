@@ -4,7 +4,7 @@ A step along the momentum would go farthest where the gradients agree most. Muon
 values of the momentum about 1 first, so that every direction is learned at the same pace.
 
 `torch.optim.Muon` takes no kernels of convolutions, and computes in bfloat16, which a CPU without
-units for it does twenty times slower than float32.
+units for it does twenty times slower than float32 (oneDNN held to AVX2, 256 x 2,304).
 """
 
 from __future__ import annotations
