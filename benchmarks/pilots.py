@@ -113,12 +113,12 @@ def read_score(row: dict[str, str], folder: Path) -> dict[str, Any]:
     return {**row, **scores, "minutes": round(summary["seconds"] / 60, 1), **about}
 
 
-def read_scores(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of scores, or none where there is no such file yet."""
+def read_scores(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file of scores by their names, none where there is no such file yet."""
     if not files.read_csv(path, dict.fromkeys(("name", "flags", "minutes"), str)):  # or damaged
-        return []
+        return {}
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return {row["name"]: row for row in csv.DictReader(file)}
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def main() -> None:
     require(arguments.table.is_file(), f"there is no table {arguments.table}")
     table = files.read_csv(arguments.table, dict.fromkeys(("name", "script", "flags"), str))
     path = arguments.table.with_name(f"{arguments.table.stem}-scores.csv")
-    scores = {row["name"]: row for row in read_scores(path)}
+    scores = read_scores(path)
     new = [row["name"] for row in table if scores.get(row["name"], {}).get("flags") != row["flags"]]
     wanted = arguments.only.split(",") if arguments.only else new
     unknown = set(wanted) - {row["name"] for row in table}
@@ -146,7 +146,8 @@ def main() -> None:
     for row in chosen:
         check_flags(row, folders[row["name"]])
     for row in run_side_by_side(chosen, folders, flags, arguments.jobs):
-        scores[row["name"]] = read_score(row, folders[row["name"]])
+        # Another call may have added rows in the meantime.
+        scores = {**read_scores(path), row["name"]: read_score(row, folders[row["name"]])}
         files.write_csv(path, list(scores.values()))
     for row in scores.values():
         numbers = "  ".join(f"{float(row[score]):.1%}" for score in SCORES if row.get(score))

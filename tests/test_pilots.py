@@ -112,3 +112,16 @@ def test_after_an_error_the_others_are_done(pilots, tmp_path, monkeypatch, user_
         with user_error("two ended with exit code 2", "call this again"):
             done.extend(pilots.run_side_by_side(rows, folders, [], jobs))
         assert done == [{"name": "one"}]
+
+
+def test_two_calls_beside_each_other_lose_no_score(pilots, call, monkeypatch):
+    def begin(row, *_):
+        # While this row runs, a call from elsewhere finishes the other.
+        files.write_csv(Path("table-scores.csv"), [{**ROWS[1], "knn_accuracy": 0.25, "minutes": 1}])
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(pilots, "begin", begin)
+    monkeypatch.setattr(pilots, "read_score", lambda row, _: {**row, "minutes": 1})
+    files.write_csv(Path("table.csv"), ROWS)
+    call("--only", "one")
+    assert read_scores().keys() == {"one", "two"}
