@@ -113,6 +113,24 @@ def read_score(row: dict[str, str], folder: Path) -> dict[str, Any]:
     return {**row, **scores, "minutes": round(summary["seconds"] / 60, 1), **about}
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table.
+
+    Raises:
+        UserError: it is not one, or has a row that cannot be run.
+    """
+    require(path.is_file(), f"there is no table {path}")
+    with path.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for number, row in enumerate(table, 1):
+        values = [row.get("name"), row.get("script"), row.get("flags")]
+        require(None not in values, f"{path} needs the columns name, script, flags")
+        require(None not in row, f"row {number} of {path}: put quotes around flags with a comma")
+        known = ", ".join(SHARED)
+        require(row["script"] in SHARED, f"row {number} of {path}: scripts are {known}")
+    return table
+
+
 def read_scores(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a file of scores by their names, none where there is no such file yet."""
     if not files.read_csv(path, dict.fromkeys(("name", "flags", "minutes"), str)):  # or damaged
@@ -129,16 +147,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows that run at a time [1]")
     parser.add_argument("--results", type=Path, default=Path("results/pilots"))
     arguments, flags = parser.parse_known_args()
-    require(arguments.table.is_file(), f"there is no table {arguments.table}")
-    table = files.read_csv(arguments.table, dict.fromkeys(("name", "script", "flags"), str))
+    table = read_table(arguments.table)
     path = arguments.table.with_name(f"{arguments.table.stem}-scores.csv")
     scores = read_scores(path)
     new = [row["name"] for row in table if scores.get(row["name"], {}).get("flags") != row["flags"]]
     wanted = arguments.only.split(",") if arguments.only else new
     unknown = set(wanted) - {row["name"] for row in table}
     require(not unknown, f"{arguments.table} has no row {sorted(unknown)}")
-    strange = {row["script"] for row in table} - SHARED.keys()
-    require(not strange, f"{arguments.table} knows {', '.join(SHARED)}, not {sorted(strange)}")
     require(arguments.jobs >= 1, "--jobs must be at least 1")
     chosen = [row for row in table if row["name"] in wanted]
     parent = arguments.results / arguments.table.stem

@@ -71,7 +71,14 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(
     with user_error("simclr/one was run with other flags"):
         call()
     files.write_csv(Path("table.csv"), [{**ROWS[0], "script": "other"}])
-    with user_error("not ['other']"):
+    with user_error("row 1", "scripts are simclr"):
+        call()
+    # A comma outside quotes would cut the flags short.
+    Path("table.csv").write_text("name,script,flags\none,simclr,--view-size 16,24 --epochs 1\n")
+    with user_error("row 1", "quotes"):
+        call()
+    Path("table.csv").write_text("name,flags\none,--epochs 1\n")
+    with user_error("needs the columns name, script, flags"):
         call()
 
 
