@@ -203,9 +203,14 @@ def describe_pilot(score):
     """The columns of the table of Muon that tell the run."""
     config_class = importlib.import_module(score["script"]).Config
     config = settings.parse_config(config_class, shlex.split(score["flags"]), "")
-    muon = config.optimizer == "muon"
-    optimizer = "Muon" if muon else "SGD"
-    optimizer += ", rate 0.04" * (muon and config.learning_rate == 0.04)
+    optimizer = "SGD"
+    if config.optimizer == "muon":
+        usual = {"rate": (config.learning_rate, 0.02), "decay": (config.weight_decay, 0.1)}
+        usual["batch"] = (config.batch_size, 256 if config.encoder == "resnet18" else 128)
+        if score["script"] == "simclr":
+            usual["temperature"] = (config.temperature, 0.1)
+        others = [f", {name} {value:g}" for name, (value, known) in usual.items() if value != known]
+        optimizer = "Muon" + "".join(others)
     optimizer += ", `--loss dcl`" * (getattr(config, "loss", "") == "dcl")
     titles = {"simclr": "SimCLR", "moco": "MoCo", "simsiam": "SimSiam"}
     encoder = config.encoder.replace("resnet18", "ResNet18")
