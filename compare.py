@@ -90,6 +90,10 @@ def read_run(folder: Path) -> list[Run]:
     settings = settings_before(script) | config | {"precision": recorded_precision(config)}
     for name in NOT_COMPARED | {"cells"}:  # a cell is a row of its own
         settings.pop(name, None)
+    part = str(settings.get("evaluate_on"))
+    if part.startswith("fold-"):  # each has other images in the data set's two parts
+        settings |= {"evaluate_on": "fold", "fold": part}
+        settings.pop("data", None)
     runs = []
     for cell in dict.fromkeys(row.get("cell", "") for row in rows):
         prefix = f"{cell}_" if cell else ""
@@ -120,7 +124,7 @@ def settings_before(script: str) -> dict[str, Any]:
 
 
 def group(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but their seed together, in order of appearance.
+    """Runs that differ in nothing but their seed or fold together, in order of appearance.
 
     A setting that one of them lacks, because the script has it no more, is no difference. Of the
     data set the pixels count, where both runs say what they were, and not its name.
@@ -131,10 +135,11 @@ def group(runs: Sequence[Run]) -> list[list[Run]]:
             first = others[0]
             known = run.settings.get("data") and first.settings.get("data")
             both = run.settings.keys() & first.settings.keys()
-            both -= {"seed", "dataset" if known else "data"}
+            both -= {"seed", "fold", "dataset" if known else "data"}
             alike = all(run.settings[key] == first.settings[key] for key in both)
             alike &= (run.script, run.cell) == (first.script, first.cell)
-            if alike and run.settings.get("seed") not in [o.settings.get("seed") for o in others]:
+            seeds = [(o.settings.get("seed"), o.settings.get("fold")) for o in others]
+            if alike and (run.settings.get("seed"), run.settings.get("fold")) not in seeds:
                 others.append(run)
                 break
         else:

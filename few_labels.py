@@ -383,10 +383,11 @@ def check_runs(config: Config, starts: dict[str, Start], data: datasets.ImageDat
     for name, start in starts.items():
         if start.folder is None:
             continue
-        seen = files.read_json(start.folder / "config.json").get("data")
-        same = seen in (None, whole) or seen == data.with_validation_split().fingerprint()
+        record = files.read_json(start.folder / "config.json")
+        seen, part = record.get("data"), record.get("evaluate_on")
+        same = seen in (None, whole) or seen == data.evaluated_on(part).fingerprint()
         require(same, f"{name} was trained on other images than {config.dataset} now")
-        if config.evaluate_on == "validation" and seen == whole:
+        if config.evaluate_on == "validation" and part != "validation":
             print(f"{name} was pretrained on the held-out images, too, without their labels")
     if config.resume:
         before = files.read_json(Path(config.resume) / "config.json").get("runs", [])

@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from torch import Tensor
 
 from support import files
 from support.errors import UserError, require
+
+# The images that an encoder is scored on.
+Part = Literal["test", "validation", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5"]
+FOLDS = get_args(Part)[2:]
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,20 @@ class ImageData:
         return dataclasses.replace(self, train=train, test=held_out).with_statistics()
 
     def evaluated_on(self, part: str | None) -> ImageData:
-        """What `--evaluate-on` chooses: the same data, for `validation` `with_validation_split`."""
-        return self.with_validation_split() if part == "validation" else self
+        """What `--evaluate-on` chooses: the same data, or training images in the tests' place.
+
+        For `validation` they are `with_validation_split`'s, for `fold-1` to `fold-5` a fifth each,
+        in which every training image is once.
+
+        Raises:
+            UserError: a class is too small to be in all parts.
+        """
+        if part == "validation":
+            return self.with_validation_split()
+        if part in FOLDS:
+            train, held_out = hold_out_fold(self.train, FOLDS.index(part))
+            return dataclasses.replace(self, train=train, test=held_out).with_statistics()
+        return self
 
     def to(self, device: Any) -> ImageData:
         """The same data on another device."""
@@ -156,6 +172,23 @@ def hold_out(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split
             "and each part as many images as there are classes"
         ) from error
     rest, held_out = (torch.from_numpy(np.sort(part)) for part in parts)
+    return split.select(rest), split.select(held_out)
+
+
+def hold_out_fold(split: Split, fold: int) -> tuple[Split, Split]:
+    """Split off one of five parts, 0 to 4, stratified by label: `(rest, held_out)`.
+
+    Raises:
+        UserError: a class has fewer than five images.
+    """
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    labels = None if split.labels is None else split.labels.cpu().numpy()
+    fewest = len(split) if labels is None else np.bincount(labels).min()
+    require(fewest >= len(FOLDS), f"a fold needs {len(FOLDS)} images of each class, not {fewest}")
+    kind = KFold if labels is None else StratifiedKFold
+    folds = kind(len(FOLDS), shuffle=True, random_state=0).split(np.arange(len(split)), labels)
+    rest, held_out = (torch.from_numpy(part) for part in list(folds)[fold])
     return split.select(rest), split.select(held_out)
 
 

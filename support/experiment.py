@@ -224,7 +224,7 @@ def print_setup(
 ) -> None:
     """Print what is trained, on what, and where."""
     print(data)
-    if config.evaluate_on == "validation":
+    if config.evaluate_on != "test":
         print("what are called test images are held-out training images")
     several = f"{processes} x " if processes > 1 else ""
     print(
@@ -279,7 +279,7 @@ def print_what_next(
     if data.classes:
         words = ["few_labels.py", str(folder)]
         words += ["--methods", "mean,linear,spreading"]  # those that take seconds
-        if config.evaluate_on == "validation":
+        if config.evaluate_on != "test":
             words += ["--evaluate-on", "validation"]
         print("What it buys when few images have labels:")
     else:

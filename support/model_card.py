@@ -96,7 +96,7 @@ def write_card(folder: Path, config_class: Any, data: datasets.ImageData, encode
         architecture += f" ({record['stem']} stem, width {record.get('width', 64)})"
     measured = [f"- {text.format(numbers[k])}" for k, text in PROTOCOLS.items() if k in numbers]
     if measured:
-        held_out = record.get("evaluate_on") == "validation"
+        held_out = record.get("evaluate_on", "test") != "test"
         kind = "held-out training images" if held_out else "test images"
         measured = [f"Accuracy on {len(data.test):,} {kind}:", "", *measured]
     channels, side = data.train.images.shape[1:3]

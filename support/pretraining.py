@@ -100,8 +100,10 @@ class PretrainingConfig(settings.TrainingConfig):
         0.0, "views", "probability of a Gaussian blur, its kernel a tenth of the side, at least 3"
     )
 
-    evaluate_on: Literal["test", "validation"] = setting(
-        "test", "evaluation", "validation: a tenth of the training images, to choose settings by"
+    evaluate_on: datasets.Part = setting(
+        "test",
+        "evaluation",
+        "validation: a tenth of the training images, to choose settings by; fold-1 to 5: a fifth",
     )
     probe_epochs: int = setting(100, "evaluation", "epochs of the linear probe")
     few_labels: int = setting(10, "evaluation", "labels per class of the few-label score; 0: none")

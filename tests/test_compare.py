@@ -85,6 +85,24 @@ def test_runs_of_one_recipe_are_one_row_and_others_are_not(tmp_path):
     assert Path("curves.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_folds_are_one_row_and_other_data_another(tmp_path):
+    changes = {
+        "one": {"evaluate_on": "fold-1", "data": "aa"},
+        "two": {"evaluate_on": "fold-2", "data": "bb"},
+        "tested": {"data": "cc"},
+        "others": {"evaluate_on": "fold-1", "data": "dd", "dataset": "photos"},
+        "again": {"evaluate_on": "fold-2", "data": "bb"},
+    }
+    runs = [simclr_run(tmp_path / name, 0, 0.5, 4.0, **more) for name, more in changes.items()]
+    _, *rows = compare.main(runs)
+    assert [row[:2] for row in rows] == [
+        ["one", "2"],
+        ["tested", "1"],
+        ["others", "1"],
+        ["again", "1"],
+    ]
+
+
 def test_of_the_data_set_the_pixels_count_and_not_its_name(tmp_path):
     runs = [
         simclr_run(tmp_path / name, seed, 0.5, 4.0, dataset=dataset, data=data)

@@ -102,6 +102,32 @@ def test_held_out_images_are_in_the_tests_place_and_not_in_the_statistics():
     assert whole.evaluated_on("test") is whole
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_in_five_folds_every_training_image_is_held_out_once(labelled):
+    images, labels = random_bytes(65, 1, 4, 5), torch.arange(65) % 4 % 3  # 33, 16 and 16
+    test = datasets.Split(random_bytes(7, 1, 4, 5, seed=1), labels[:7] if labelled else None)
+    train = datasets.Split(images, labels if labelled else None)
+    whole = datasets.ImageData("noise", ("a", "b", "c") if labelled else (), train, test)
+    held_out = []
+    for fold in range(1, 6):
+        data = whole.evaluated_on(f"fold-{fold}")
+        assert (len(data.train), len(data.test)) == (52, 13)
+        both = torch.cat([data.train.images, data.test.images]).flatten(1).tolist()
+        assert sorted(both) == sorted(images.flatten(1).tolist())
+        held_out += data.test.images.flatten(1).tolist()
+        mean = (data.train.images.double() / 255).mean().item()
+        assert data.test.mean.item() == pytest.approx(mean, rel=1e-6)
+        if labelled:
+            assert data.test.labels.bincount().tolist() in ([7, 3, 3], [6, 4, 3], [6, 3, 4])
+    assert sorted(held_out) == sorted(images.flatten(1).tolist())
+
+
+def test_a_class_of_four_images_has_no_five_folds(user_error):
+    split = datasets.Split(random_bytes(14, 1, 4, 5), torch.tensor([0] * 10 + [1] * 4))
+    with user_error("a fold needs 5 images of each class, not 4"):
+        datasets.ImageData("noise", ("a", "b"), split, None).evaluated_on("fold-1")
+
+
 def test_a_selection_keeps_images_labels_files_and_statistics_together():
     paths = np.array([f"{i}.png" for i in range(8)])
     whole = dataclasses.replace(example().with_statistics().train, paths=paths)
