@@ -359,8 +359,9 @@ def with_data_of_runs(config: Config) -> Config:
     # A folder may be spelled in several ways; older runs have its name only.
     names = {str(record.get("data") or record["dataset"]): record["dataset"] for record in records}
     names = names or {"": "fashion-mnist"}
+    one = 1 in (len(names), len(set(names.values())))
     require(
-        len(names) == 1 or bool(config.dataset),
+        one or bool(config.dataset),
         f"the runs are of several data sets: {', '.join(sorted(names.values()))}; if they are "
         "the same images, give one with --dataset",
     )

@@ -925,6 +925,27 @@ def test_one_data_set_may_be_spelled_in_two_ways(tmp_path, user_error):
     assert told["--runs"].startswith(f"{a} {b} ")
 
 
+def test_a_run_may_have_seen_a_part_of_the_training_images(tmp_path, user_error, capsys):
+    digits = functions.load_images("digits")
+    runs = {}
+    for part in ("test", "validation", "fold-1", "fold-2"):
+        folder = tmp_path / part
+        folder.mkdir()
+        data = digits.evaluated_on(part).fingerprint()
+        record = {"dataset": "digits", "data": data, "evaluate_on": part}
+        (folder / "config.json").write_text(json.dumps(record))
+        runs[part] = few_labels.Start(part, ("features",), 0.0, folder)
+    config = few_labels.Config(runs=tuple(map(str, tmp_path.iterdir())), evaluate_on="validation")
+    assert few_labels.with_data_of_runs(config).dataset == "digits"
+    few_labels.check_runs(config, runs, digits)
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["test", "fold-1", "fold-2"]  # whose training images were not those of now
+    runs["fold-1"] = runs["fold-2"]
+    (tmp_path / "fold-2/config.json").write_text(json.dumps({**record, "evaluate_on": "fold-1"}))
+    with user_error("fold-1 was trained on other images"):
+        few_labels.check_runs(config, runs, digits)
+
+
 def test_runs_that_do_not_fit_are_one_line(pretrained, tmp_path, user_error):
     a = pretrained["a"]
     with user_error("simsiam/a is given twice"):
