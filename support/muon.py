@@ -42,19 +42,21 @@ def newton_schulz_factor(gram: Tensor) -> Tensor:
     return factor
 
 
-def find_matrices(module: nn.Module) -> dict[Tensor, int]:
-    """The matrices in a module, each with the number of its rows that are a matrix of their own.
+def find_matrices(module: nn.Module) -> set[Tensor]:
+    """The weights that multiply: of convolutions, linear and recurrent layers, not of norms.
 
-    A convolution's has a row for each output channel; a recurrent layer has one for each gate.
+    A kernel counts as a matrix with a row for each output channel, and the gates of a recurrent
+    layer are one matrix together: one by one they learn no more (docs/row_by_row.md) and take
+    several times as long.
     """
-    rows: dict[Tensor, int] = {}
+    matrices = set()
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            rows[layer.weight] = len(layer.weight)
+            matrices.add(layer.weight)
         elif isinstance(layer, nn.RNNBase):
             named = layer.named_parameters()
-            rows |= {w: layer.hidden_size for name, w in named if name.startswith("weight")}
-    return rows
+            matrices |= {weight for name, weight in named if name.startswith("weight")}
+    return matrices
 
 
 class Muon(torch.optim.AdamW):
@@ -77,10 +79,10 @@ class Muon(torch.optim.AdamW):
         rate: float,
         weight_decay: float,
     ):
-        self.rows = find_matrices(encoder)
+        matrices = find_matrices(encoder)
         groups = [
-            {"params": [w for w in weights if w in self.rows], "weight_decay": weight_decay},
-            {"params": [w for w in weights if w not in self.rows], "weight_decay": 0.0},
+            {"params": [w for w in weights if w in matrices], "weight_decay": weight_decay},
+            {"params": [w for w in weights if w not in matrices], "weight_decay": 0.0},
         ]
         super().__init__(groups, rate, betas=(0.9, 0.95), fused=True)
 
@@ -112,7 +114,6 @@ class Muon(torch.optim.AdamW):
             state["step"] = torch.zeros(())  # AdamW looks for it in all states that it loads
         buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
         ahead = weight.grad.lerp(buffer, momentum)  # Nesterov's
-        rows, columns = self.rows[weight], weight[0].numel()
-        parts = [orthogonalize(part) for part in ahead.flatten(1).split(rows)]
-        update = torch.cat(parts).reshape(weight.shape)
+        rows, columns = len(weight), weight[0].numel()
+        update = orthogonalize(ahead.flatten(1)).reshape(weight.shape)
         weight.mul_(1 - rate * decay).add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)

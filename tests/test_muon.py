@@ -57,19 +57,15 @@ def test_matrices_of_the_encoder_move_as_by_pytorchs_muon_and_all_else_as_by_ada
     weights = dict(network.named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
 
-    def split(name, value):
-        """As PyTorch's takes it: a kernel unfolded to a matrix, the three gates one by one."""
-        value = value.flatten(1) if value.ndim > 1 else value
-        return value.chunk(3) if "weight_ih" in name or "weight_hh" in name else [value]
+    def unfold(value):
+        """As PyTorch's takes it: a kernel as a matrix."""
+        return value.flatten(1) if value.ndim > 1 else value
 
-    theirs = {
-        name: [nn.Parameter(part.clone()) for part in split(name, value)]
-        for name, value in before.items()
-    }
+    theirs = {name: nn.Parameter(unfold(value).clone()) for name, value in before.items()}
     layers = ("0.weight", "2.weight", "3.weight", "4.weight_ih_l0", "4.weight_hh_l0")
-    matrices = [part for layer in layers for part in theirs[f"encoder.{layer}"]]
-    known = {id(part) for part in matrices}
-    rest = [part for parts in theirs.values() for part in parts if id(part) not in known]
+    matrices = [theirs[f"encoder.{layer}"] for layer in layers]
+    known = {id(weight) for weight in matrices}
+    rest = [weight for weight in theirs.values() if id(weight) not in known]
     optimizers = [
         torch.optim.Muon(matrices, weight_decay=0.3, momentum=0.95),
         torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0),
@@ -80,13 +76,12 @@ def test_matrices_of_the_encoder_move_as_by_pytorchs_muon_and_all_else_as_by_ada
         optimizers[1].param_groups[0]["lr"] = rate / 10
         for name, weight in weights.items():
             weight.grad = torch.randn_like(weight)  # in its layout
-            for part, gradient in zip(theirs[name], split(name, weight.grad), strict=True):
-                part.grad = gradient.clone()
+            theirs[name].grad = unfold(weight.grad).clone()
         for optimizer in (ours, *optimizers):
             optimizer.step()
     for name, value in before.items():
-        moved = torch.cat(theirs[name]) - torch.cat(split(name, value))
-        differs = torch.cat(theirs[name]) - torch.cat(split(name, weights[name].detach()))
+        moved = theirs[name] - unfold(value)
+        differs = theirs[name] - unfold(weights[name].detach())
         assert moved.norm() > 0, name
         assert differs.norm() < 1e-4 * moved.norm(), name
 
