@@ -96,6 +96,11 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
             require(fits, f"{settings.flag(name)} must be at least 1, at most {most:,}")
         require(0 <= self.dropout < 1, f"--dropout must be in [0, 1), not {self.dropout}")
         require(self.patience >= 0, "--patience must not be negative")
+        require(
+            self.optimizer != "muon" or self.learning_rate >= 1e-3,
+            f"--optimizer muon with --learning-rate {self.learning_rate:g}, which is Adam's: "
+            "try 0.02, and --weight-decay 0.1",
+        )
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
 
     @property
