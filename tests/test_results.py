@@ -108,6 +108,24 @@ def test_the_hour_is_what_was_measured():
         assert row["minutes"] == minutes.split()[0]
 
 
+def test_the_hour_with_muon_is_what_was_measured():
+    text = " ".join((ROOT / "docs/cpu_hour.md").read_text().split())
+    ((seeds, linear, near, few, *_),) = [shown(runs) for runs in measured("simclr-muon-hour")]
+    assert seeds == "2"
+    assert f"{linear} % in the linear probe, {near} % by kNN and {few} % from 10 labels" in text
+    with (ROOT / "docs/results/pilots/simclr-scores.csv").open(newline="") as file:
+        scores = {row["name"]: row for row in csv.DictReader(file)}
+    for row in table("docs/cpu_hour.md", "## With Muon"):
+        score = scores[row["pilot"]]
+        assert row["linear probe"] == f"{100 * float(score['linear_probe_accuracy']):.1f} %"
+        assert row["kNN"] == f"{100 * float(score['knn_accuracy']):.1f} %"
+        config = settings.parse_config(
+            importlib.import_module("simclr").Config, shlex.split(score["flags"]), ""
+        )
+        assert row["`--epochs`"] == str(config.epochs)
+        assert f"--view-size {row['`--view-size`']} " in score["flags"]
+
+
 def test_four_views_are_what_was_measured():
     ((_, linear, near, *_),) = [shown(runs) for runs in measured("simclr-four-views")]
     text = " ".join((ROOT / "docs/cpu_hour.md").read_text().split())
