@@ -607,26 +607,6 @@ def plot_loss_and_accuracy(
         figures.add_legend(figure)
 
 
-def plot_cells(path: Path, history: list[dict[str, Any]], cells: list[str], name: str) -> None:
-    """Loss and accuracy of the `cells` over epochs, from the rows of their `metrics.csv`."""
-    colors = dict(zip(("rnn", "lstm", "gru"), figures.LINE_COLORS, strict=False))
-    title = f"Row by row on {name}: training dashed, validation solid"
-    with figures.new_figure(path, title) as figure:
-        quantities = (("loss", 1, "loss"), ("accuracy", 100, "accuracy (%)"))
-        panels = figures.add_panels(figure, 2)
-        for axes, (key, scale, label) in zip(panels, quantities, strict=True):
-            for cell in cells:
-                rows = [row for row in history if row["cell"] == cell]
-                epochs = [row["epoch"] for row in rows]
-                look = {"color": colors[cell], "marker": "o" if len(epochs) < 3 else None}
-                training = [scale * row[f"train_{key}"] for row in rows]
-                validation = [scale * row[f"validation_{key}"] for row in rows]
-                axes.plot(epochs, training, "--", **look)
-                axes.plot(epochs, validation, "-", label=cell.upper(), **look)
-            figures.label_axes(axes, "epoch", label)
-        figures.add_legend(figure)
-
-
 def plot_scatter(
     path: Path,
     coordinates: np.ndarray,

@@ -39,7 +39,7 @@ def draw_comparison(path):
         for cell in rnn.CELLS
         for epoch in range(1, 101)
     ]
-    functions.plot_cells(path, history, [*rnn.CELLS], "cifar10-images")
+    rnn.plot_comparison(path, history, [*rnn.CELLS], "cifar10-images")
 
 
 def draw_scores(path, panels=3):
