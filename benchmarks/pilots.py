@@ -26,7 +26,7 @@ from typing import Any
 from common import ROOT
 
 from support import files
-from support.errors import require
+from support.errors import UserError, require
 from support.runs import exit_cleanly
 
 SHARED = {
@@ -120,8 +120,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
         UserError: it is not one, or has a row that cannot be run.
     """
     require(path.is_file(), f"there is no table {path}")
-    with path.open(newline="") as file:
-        table = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
     for number, row in enumerate(table, 1):
         values = [row.get("name"), row.get("script"), row.get("flags")]
         require(None not in values, f"{path} needs the columns name, script, flags")

@@ -80,6 +80,9 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(
     Path("table.csv").write_text("name,flags\none,--epochs 1\n")
     with user_error("needs the columns name, script, flags"):
         call()
+    Path("table.csv").write_bytes(b"\xff\xfe\x00")
+    with user_error("cannot read table.csv"):
+        call()
 
 
 def test_two_jobs_run_at_the_same_time(pilots, tmp_path, monkeypatch):
