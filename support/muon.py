@@ -46,8 +46,8 @@ def find_matrices(module: nn.Module) -> set[Tensor]:
     """The weights that multiply: of convolutions, linear and recurrent layers, not of norms.
 
     A kernel counts as a matrix with a row for each output channel, and the gates of a recurrent
-    layer are one matrix together: one by one they learn no more (docs/row_by_row.md) and take
-    several times as long.
+    layer are one matrix together: one by one they learn no more, and a training takes a third to a
+    half as long again (docs/row_by_row.md).
     """
     matrices = set()
     for layer in module.modules():
