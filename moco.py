@@ -265,7 +265,7 @@ def make_optimizer(model: MoCo, config: Config) -> torch.optim.Optimizer:
     """SGD at its peak rate, scaled by batch size / 256, or Muon (Jordan et al. 2024)."""
     weights, rate, decay = model.query_parameters(), config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        return muon.Muon(model.encoder, weights, rate, decay)
+        return muon.make_muon(model.encoder, weights, config)
     scaled = rate * config.batch_size / 256
     return torch.optim.SGD(weights, scaled, 0.9, weight_decay=decay, fused=True)
 

@@ -184,7 +184,7 @@ def make_optimizer(model: Any, config: Config) -> torch.optim.Optimizer:
     """Adam, fused: several times faster than the default on a CPU. Or Muon (Jordan et al. 2024)."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        return muon.Muon(model.recurrent, list(model.parameters()), rate, decay)
+        return muon.make_muon(model.recurrent, list(model.parameters()), config)
     return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True)
 
 

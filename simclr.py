@@ -183,7 +183,7 @@ def make_optimizer(model: Any, config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), scaled, 0.9, weight_decay=decay, fused=True)
     if config.optimizer == "muon":
-        return muon.Muon(model.encoder, list(model.parameters()), rate, decay)
+        return muon.make_muon(model.encoder, list(model.parameters()), config)
     from pytorch_optimizer import LARS  # leaves biases and norms without decay and adaptation
 
     return LARS(model.parameters(), scaled, weight_decay=decay, momentum=0.9)

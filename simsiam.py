@@ -188,7 +188,7 @@ def make_optimizer(model: SimSiam, config: Config) -> torch.optim.Optimizer:
     """
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        return muon.Muon(model.encoder, list(model.parameters()), rate, decay)
+        return muon.make_muon(model.encoder, list(model.parameters()), config)
     rest = [*model.encoder.parameters(), *model.projector.parameters()]
     groups = [{"params": rest}, {"params": list(model.predictor.parameters())}]
     scaled = rate * config.batch_size / 256

@@ -8,6 +8,7 @@ import moco
 import rnn
 import simclr
 import simsiam
+from support import muon
 from support.muon import Muon, orthogonalize
 
 
@@ -22,8 +23,40 @@ def test_the_step_has_the_momentums_directions_and_singular_values_of_about_one(
     assert 0.65 < inside.diag().min() < inside.diag().max() < 1.25
 
 
+@pytest.mark.parametrize("rank", [1, 4, 60])
+def test_in_bfloat16_the_step_is_as_near_to_the_polynomial_as_by_the_steps_as_written(rank):
+    torch.manual_seed(0)
+    matrix = torch.randn(80, rank) @ torch.randn(rank, 200) + 1e-5 * torch.randn(80, 200)
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    exact = (u * values @ v).float()
+    written = torch.optim._muon._zeropower_via_newtonschulz(
+        matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7
+    )
+    found = orthogonalize(matrix, torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert torch.linalg.matrix_norm(found, 2) < 1.25
+    assert (found - exact).norm() < 1.3 * (written.float() - exact).norm()
+    torch.testing.assert_close(orthogonalize(matrix), exact, rtol=0, atol=1e-3)
+
+
 def test_a_gradient_of_zero_moves_nothing():
-    assert not orthogonalize(torch.zeros(3, 4)).any()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not orthogonalize(torch.zeros(3, 4), dtype).any()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_a_step_is_computed_in_the_precision_of_the_training(monkeypatch, precision, dtype):
+    seen = set()
+    monkeypatch.setattr(muon, "orthogonalize", lambda x, dtype: seen.add(dtype) or x)
+    config = rnn.Config(optimizer="muon", learning_rate=0.03, precision=precision, device="cpu")
+    model = rnn.RowRNN(config, "gru", 8, 10)
+    optimizer = rnn.make_optimizer(model, config)
+    model(torch.randn(4, 8, 8)).sum().backward()
+    optimizer.step()
+    assert seen == {getattr(torch, dtype)}
 
 
 class Network(nn.Module):
