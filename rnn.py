@@ -478,8 +478,8 @@ def read_best(path: str) -> Config:
     training = ("learning_rate", "weight_decay", "batch_size", "augmentation")
     for name in ("cell", *model, *training):
         require(name in best, f"{path} lacks {name!r}: it is no result of the tuner")
-    wide = ("pooling", "bidirectional", "recurrent_init", "schedule")
-    decided = {name: best[name] for name in (*model, *training, *wide) if name in best}
+    later = ("optimizer", "pooling", "bidirectional", "recurrent_init", "schedule")
+    decided = {name: best[name] for name in (*model, *training, *later) if name in best}
     try:
         return Config(config=path, cells=best["cell"], **decided)
     except UserError as error:

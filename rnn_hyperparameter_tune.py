@@ -59,6 +59,8 @@ WIDE: dict[str, Any] = {
     "recurrent_init": ["uniform", "orthogonal"],
     "schedule": ["plateau", "cosine"],
 }
+# Muon's steps have a length of their own, so other rates and decays.
+MUON: dict[str, Any] = {"learning_rate": (5e-3, 1e-1), "weight_decay": (1e-2, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Config(sweep.SweepConfig):
         "sweep",
         "what is searched; wide: also pooling, directions, orthogonal start, schedule",
     )
+    optimizer: Literal["adam", "muon"] = setting(
+        "adam", "sweep", "of all trials; muon: with rates and decays of its own"
+    )
     train_fraction: float = setting(1.0, "sweep", "share of the training images to use")
     augmentation: Literal["none", "original", "standard"] = setting(
         "standard", "sweep", "as in rnn.py, where it is not searched"
@@ -88,8 +93,9 @@ class Config(sweep.SweepConfig):
 
     @property
     def search_space(self) -> dict[str, Any]:
-        """What `--space` searches."""
-        return SPACE | WIDE if self.space == "wide" else SPACE
+        """What `--space` searches, with the rates of `--optimizer`."""
+        space = SPACE | WIDE if self.space == "wide" else SPACE
+        return space | MUON if self.optimizer == "muon" else space
 
     def shared_with_rnn(self) -> dict[str, Any]:
         """The settings that a trial takes over: data, device, precision, seed and so on."""
@@ -100,7 +106,8 @@ class Config(sweep.SweepConfig):
 def suggest_config(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
     """The `rnn.Config` of a trial: all parameters drawn from the search space."""
     decided = config.shared_with_rnn() | sweep.draw(trial, config.search_space)
-    return rnn.Config(**decided, cells=config.cell, epochs=config.max_epochs)
+    decided |= {"cells": config.cell, "optimizer": config.optimizer, "epochs": config.max_epochs}
+    return rnn.Config(**decided)
 
 
 def load_splits(config: Config) -> tuple[datasets.ImageData, datasets.Split]:
@@ -289,6 +296,7 @@ def write_results(study: optuna.Study, run: runs.Run, config: Config) -> dict[st
     best = {
         "cell": config.cell,
         "augmentation": config.augmentation,
+        "optimizer": config.optimizer,
         **complete[0].params,
         "validation_loss": complete[0].value,
         "trial": complete[0].number,

@@ -108,6 +108,18 @@ def test_the_wide_space_reaches_the_trial_and_its_winner(tmp_path, name, value):
     assert {wide: getattr(winner, wide) for wide in first} == first
 
 
+def test_muon_has_rates_of_its_own_and_reaches_the_trial_and_its_winner(tmp_path):
+    config = small_config(tmp_path, optimizer="muon", trials=1, max_epochs=1)
+    assert config.search_space == tune.SPACE | tune.MUON
+    best = tune.main(config)
+    assert 5e-3 <= best["learning_rate"] <= 1e-1
+    assert 1e-2 <= best["weight_decay"] <= 1
+    trial = tune.suggest_config(optuna.trial.FixedTrial(best), config)
+    winner = rnn.read_best(str(next(tmp_path.rglob("best.json"))))
+    assert (trial.optimizer, winner.optimizer) == ("muon", "muon")
+    assert winner.learning_rate == trial.learning_rate == best["learning_rate"]
+
+
 def test_a_trial_has_the_settings_of_the_sweep(tmp_path):
     changes = {"seed": 7, "max_epochs": 4, "augmentation": "original", "precision": "bfloat16"}
     config = tune.suggest_config(
