@@ -157,6 +157,7 @@ def test_the_cells_are_what_was_measured():
                     "units": str(config.hidden_size),
                     "MLP sees": {"last": "last row", "mean": "mean"}[config.pooling],
                     "augmented": "no" if settings_of_run["augmentation"] == "none" else "yes",
+                    "optimizer": settings_of_run.get("optimizer", "adam").capitalize(),
                     "parameters": f"{sum(w.numel() for w in weights) / 1e6:.2f} M",
                     "epochs": str(len(runs[0].rows)),
                     "seeds": seeds,
