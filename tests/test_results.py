@@ -124,6 +124,7 @@ def test_the_hour_with_muon_is_what_was_measured():
         )
         assert row["`--epochs`"] == str(config.epochs)
         assert f"--view-size {row['`--view-size`']} " in score["flags"]
+        assert f"--learning-rate {row['`--learning-rate`']} " in score["flags"]
 
 
 def test_four_views_are_what_was_measured():
