@@ -294,6 +294,7 @@ def test_few_labels_are_what_was_measured():
     [
         ("fashion", "## Results", ("10", "100", "1,000")),
         ("methods", "### Encoders of three methods", ("10", "40", "100", "250", "1,000", "4,000")),
+        ("muon", "### SimSiam with Muon", ("10", "40", "100", "250", "1,000", "4,000")),
         ("cifar", "## CIFAR-10", ("100", "1,000", "4,000")),
     ],
 )
