@@ -220,18 +220,18 @@ def test_muon_is_what_was_measured():
         found = [
             score
             for score, data in scores
-            if describe_pilot(score, data) == tuple(row.values())[:4]
+            if describe_pilot(score, data, ", rate" in row["optimizer"]) == tuple(row.values())[:4]
             and row["linear probe"] == f"{100 * float(score['linear_probe_accuracy']):.1f} %"
             and row["kNN"] == f"{100 * float(score['knn_accuracy']):.1f} %"
         ]
-        assert found, row
+        assert len(found) == 1, row
 
 
-def describe_pilot(score, data):
-    """The columns of the table of Muon that tell the run on this data."""
+def describe_pilot(score, data, with_rate):
+    """The columns of the table of Muon that tell the run on this data, SGD's rate on demand."""
     config_class = importlib.import_module(score["script"]).Config
     config = settings.parse_config(config_class, shlex.split(score["flags"]), "")
-    optimizer = "SGD"
+    optimizer = f"SGD, rate {config.learning_rate:g}" if with_rate else "SGD"
     if config.optimizer == "muon":
         usual = {"rate": (config.learning_rate, 0.02), "decay": (config.weight_decay, 0.1)}
         usual["batch"] = (config.batch_size, 256 if config.encoder == "resnet18" else 128)
