@@ -264,20 +264,13 @@ class Batches:
 
     def __init__(self, split: datasets.Split, config: Config, epoch: int):
         self.split, self.config, self.epoch = split, config, epoch
-        # Without augmentation the pixels are put in row order once, not at every step.
-        self.augments = config.augmentation != "none"
-        self.images = split.images if self.augments else rows_from_images(split.images)
-        # A row holds W values of each channel, one channel after the other.
-        columns = split.images.shape[-1]
-        self.mean = split.mean.repeat_interleave(columns)  # (C * W,)
-        self.std = split.std.repeat_interleave(columns)  # (C * W,)
 
     def __len__(self) -> int:
         # A smaller last batch is left out: one of a single image has no variance for BatchNorm.
         return len(self.split) // self.config.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device, seed, epoch = self.images.device, self.config.seed, self.epoch
+        device, seed, epoch = self.split.images.device, self.config.seed, self.epoch
         size = self.config.batch_size
         self.epoch += 1  # each pass over this object is another epoch
         devices.seed_network(seed, epoch, devices.ROW_DROPOUT)
@@ -285,12 +278,9 @@ class Batches:
         generator = devices.epoch_generator(seed, epoch, device, devices.VIEWS)
         for step in range(len(self)):
             index = order[step * size : (step + 1) * size]  # (B,)
-            pixels = datasets.to_float(self.images[index])  # (B, C, H, W) or (B, H, C * W)
-            if self.augments:
-                images = augmented(pixels, self.config.augmentation, generator)
-                rows = rows_from_images(self.split.normalize(images))  # (B, H, C * W)
-            else:
-                rows = pixels.sub_(self.mean).div_(self.std)
+            images = datasets.to_float(self.split.images[index])  # (B, C, H, W)
+            images = augmented(images, self.config.augmentation, generator)
+            rows = rows_from_images(self.split.normalize(images))  # (B, H, C * W)
             yield rows, self.split.labels[index]
 
 
