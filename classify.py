@@ -17,6 +17,7 @@ that may be wrong stand first.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import encoded
 import functions
-from support import figures, files, graphs, neighbours, progress, runs, scores
+from support import decoding, figures, files, graphs, neighbours, progress, runs, scores
 from support.errors import require
 from support.runs import exit_cleanly
 from support.settings import Parser
@@ -150,10 +151,13 @@ def cross_validate(predict: Predict, labels: Tensor, groups: Tensor) -> Tensor |
     return found
 
 
-def show_score(name: str, found: Tensor, labels: Tensor) -> float:
-    """Print a method's accuracy by cross-validation, with Wilson's interval, and return it."""
+def show_score(name: str, found: Tensor, labels: Tensor, groups: Tensor) -> float:
+    """Print a method's accuracy by cross-validation, with Wilson's interval, and return it.
+
+    Near-duplicates are right or wrong together, so `groups` count for the interval, not images.
+    """
     accuracy = functions.accuracy(found.argmax(1), labels)
-    low, high = scores.accuracy_interval(accuracy, len(labels))
+    low, high = scores.accuracy_interval(accuracy, len(groups.unique()))
     print(f"  {name:<20}{accuracy:.1%} [{low:.1%}, {high:.1%}]".replace("%", " %"))
     return accuracy
 
@@ -237,9 +241,17 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
     """
     parsed = parse(arguments)
     encoder, output, data_dir = encoded.open_encoder(parsed, "classify")
-    labelled = encoded.read_folder(encoder, parsed.labelled, data_dir, parsed.strict)
+    places = (parsed.labelled, parsed.folder)
+    labelled, mine = (encoded.read_folder(encoder, p, data_dir, parsed.strict) for p in places)
     classes, labels = read_classes(labelled.names.tolist(), parsed.labelled)
-    mine = encoded.read_folder(encoder, parsed.folder, data_dir, parsed.strict)
+    ranges = {part.value_range for part in (labelled, mine)} - {None}
+    if len(ranges) > 1:  # an image must be as bright in one folder as in the other
+        lows, highs = zip(*ranges, strict=True)
+        both = decoding.choose_value_range(min(lows), max(highs))
+        rules = dataclasses.replace(encoder.rules, value_range=both)
+        encoder = dataclasses.replace(encoder, rules=rules)
+        print("once more, with one range for both folders:")
+        labelled, mine = (encoded.read_folder(encoder, p, data_dir, parsed.strict) for p in places)
 
     features = torch.cat([labelled.features, mine.features])
     centre, spread = functions.feature_statistics(features)
@@ -253,7 +265,7 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
     methods = {key: METHODS[key][1](features, labels) for key in wanted}
     found = {key: cross_validate(predict, labels, groups) for key, predict in methods.items()}
     accuracies = {
-        key: show_score(METHODS[key][0], likely, labels)
+        key: show_score(METHODS[key][0], likely, labels, groups)
         for key, likely in found.items()
         if likely is not None
     }

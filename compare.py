@@ -3,9 +3,9 @@
     python compare.py results/rnn/a results/rnn/b
     python compare.py results/simclr/* --figure comparison.png
 
-Reads `config.json`, `metrics.csv` and `summary.json` of the run folders, of any script and of older
-versions. Runs that differ in nothing but their seed are one row (mean ± sd) and one curve (mean,
-with a band of one standard deviation). The cells of rnn.py are rows of their own.
+Reads `config.json`, `metrics.csv` and `summary.json` of the run folders, of any script that trains
+epochs and of older versions. Runs that differ in nothing but their seed are one row (mean ± sd) and
+one curve (mean, with a band of one standard deviation). The cells of rnn.py are rows of their own.
 """
 
 from __future__ import annotations
@@ -183,6 +183,8 @@ def make_table(groups: Sequence[Sequence[Run]], names: Sequence[str]) -> list[li
             text = f"{statistics.mean(values):.{digits}f}" if values else ""
             if len(values) > 1:
                 text += f" ± {statistics.stdev(values):.{digits}f}"
+            if 0 < len(values) < len(runs):
+                text += f" (of {len(values)})"
             row.append(text)
         rows.append(row)
     kept = [i for i in range(len(rows[0])) if i < 2 or any(row[i] for row in rows[1:])]
@@ -195,10 +197,13 @@ def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) 
     for runs, name in zip(groups, names, strict=True):
         first = runs[0]
         others = [other[0].settings for other in groups]
+        pixels = {other.get("data") for other in others}
+        same = len(pixels) == 1 and None not in pixels  # under two names, perhaps
         keys = [
             key
             for key, value in first.settings.items()
-            if key != "seed" and any(other.get(key, value) != value for other in others)
+            if key not in {"seed", "fold", "dataset" if same else ""}
+            and any(other.get(key, value) != value for other in others)
         ]
         words = [f"{key} {first.settings[key]}" for key in keys]
         if words:

@@ -21,8 +21,9 @@ from support.settings import Parser
 class Collection:
     """Images that were encoded: `names` `(N,)`, `features` `(N, D)`, and `broken` files left out.
 
-    The pixels of image i are those of `images` `(M, C, H, W)`, uint8, at `rows[i]`. That tensor may
-    be memory-mapped, and larger than memory.
+    `value_range` is what became black and white in images of more than 8 bits. The pixels of image
+    i are those of `images` `(M, C, H, W)`, uint8, at `rows[i]`. That tensor may be memory-mapped,
+    and larger than memory.
     """
 
     names: np.ndarray
@@ -30,6 +31,7 @@ class Collection:
     rows: Tensor
     features: Tensor
     broken: int = 0
+    value_range: folders.ValueRange = None
 
     def tiles(self, index: Tensor, channels: int, side: int) -> Tensor:
         """The images at `index` as an encoder of so many channels sees them.
@@ -81,7 +83,7 @@ def read_folder(encoder: frozen.Encoder, folder: Path, data_dir: Path, strict: b
     require(len(rows) > 0, f"none of the {len(paths)} images in {folder} can be read")
     names = np.array([str(paths[row].relative_to(folder)) for row in rows.tolist()])
     features = extract(encoder, images, rows, folder.resolve().name)
-    return Collection(names, images, rows, features, len(broken))
+    return Collection(names, images, rows, features, len(broken), value_range)
 
 
 def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:

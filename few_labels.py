@@ -353,9 +353,11 @@ def with_data_of_runs(config: Config) -> Config:
     """The settings with the data set of the runs, or FashionMNIST, where none is named.
 
     Raises:
-        UserError: the runs are of several data sets.
+        UserError: the runs are of several data sets, or images are asked for otherwise than theirs.
     """
     records = [files.read_json(Path(folder) / "config.json") for folder in config.runs]
+    named = all(isinstance(record.get("dataset"), str) for record in records)
+    require(named, "a run's config.json names no data set")
     # A folder may be spelled in several ways; older runs have its name only.
     names = {str(record.get("data") or record["dataset"]): record["dataset"] for record in records}
     names = names or {"": "fashion-mnist"}
@@ -371,6 +373,14 @@ def with_data_of_runs(config: Config) -> Config:
     }
     if first.get("value_range"):
         told["value_range"] = tuple(first["value_range"])
+    for name, value in told.items():
+        asked = getattr(config, name)
+        require(
+            asked in (value, getattr(Config, name)),
+            f"{settings.flag(name)} is {value} in the runs, not {asked}: leave the flag out",
+        )
+    if config.data_dir == Config.data_dir:
+        told["data_dir"] = first.get("data_dir", config.data_dir)
     return dataclasses.replace(config, dataset=config.dataset or next(iter(names.values())), **told)
 
 

@@ -1,7 +1,7 @@
 """Short runs of a table of settings, scored on held-out training images: how recipes are chosen.
 
     python benchmarks/pilots.py docs/results/pilots/simclr.csv --dataset data/cifar10-images
-    python benchmarks/pilots.py docs/results/pilots/simclr.csv --only base --dataset digits
+    python benchmarks/pilots.py my_table.csv --only base --dataset digits --jobs 2
 
 A row of the table is a run: `name`, `script`, `flags`. Self-supervised runs keep a tenth of the
 training images back (`--evaluate-on validation`) and are scored on them by linear probe and kNN;
@@ -10,10 +10,9 @@ What each run of `simclr.csv` gets goes into `simclr-scores.csv` beside it. A se
 the rows that have a score, wherever it was made, and goes on with the one that was stopped, so a
 longer table takes the time of its new rows. `--only NAMES` runs these rows here, scored or not;
 `--jobs N` runs N rows at a time: small networks leave most of a GPU, or of many cores, to others.
-Other flags, like `--dataset`, are given to all rows.
+Other flags, like `--dataset`, are given to all rows. Another data set wants a table of its own.
 """
 
-import argparse
 import csv
 import shlex
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 
 from common import ROOT
 
-from support import files
+from support import files, settings
 from support.errors import UserError, require
 from support.runs import exit_cleanly
 
@@ -45,12 +44,12 @@ def is_finished(folder: Path) -> bool:
     return path.exists() and any(key.endswith(SCORES) for key in files.read_json(path))
 
 
-def check_flags(row: dict[str, str], folder: Path) -> None:
-    """Raise UserError when a row's run was begun with other flags than the row has now."""
+def check_flags(row: dict[str, str], folder: Path, flags: list[str]) -> None:
+    """Raise UserError when a row's run was begun with other flags than it would get now."""
     if (folder / "config.json").exists():
-        mine = [*SHARED[row["script"]], *shlex.split(row["flags"])]
+        mine = [*SHARED[row["script"]], *shlex.split(row["flags"]), *flags]
         words = shlex.split(files.read_json(folder / "config.json")["command"])[1:]
-        alike = words[: len(mine)] == mine
+        alike = words[:-4] == mine  # the last four say where the run is
         require(alike, f"{folder} was run with other flags: rename the row or move the folder")
 
 
@@ -109,7 +108,8 @@ def read_score(row: dict[str, str], folder: Path) -> dict[str, Any]:
         for key, value in summary.items()
         if key.endswith(score) and isinstance(value, float)
     }
-    about = {key: about.get(key) for key in ("hardware", "threads", "computed_in", "commit")}
+    names = ("dataset", "hardware", "threads", "computed_in", "commit")
+    about = {name: about.get(name) for name in names}
     return {**row, **scores, "minutes": round(summary["seconds"] / 60, 1), **about}
 
 
@@ -131,6 +131,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
         require(None not in row, f"row {number} of {path}: put quotes around flags with a comma")
         known = ", ".join(SHARED)
         require(row["script"] in SHARED, f"row {number} of {path}: scripts are {known}")
+        cells = settings.find_flag("--cells", shlex.split(row["flags"])) or ""
+        one = row["script"] != "rnn" or (cells != "" and "," not in cells)
+        require(one, f"row {number} of {path}: give rnn one of its cells with --cells")
     return table
 
 
@@ -144,7 +147,7 @@ def read_scores(path: Path) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Run the rows of a table, and print the scores."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = settings.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", type=Path, help="CSV with the columns name, script, flags")
     parser.add_argument("--only", help="names of rows, with commas between them")
     parser.add_argument("--jobs", type=int, default=1, help="rows that run at a time [1]")
@@ -158,11 +161,15 @@ def main() -> None:
     unknown = set(wanted) - {row["name"] for row in table}
     require(not unknown, f"{arguments.table} has no row {sorted(unknown)}")
     require(arguments.jobs >= 1, "--jobs must be at least 1")
+    dataset = settings.find_flag("--dataset", flags)
+    for row in scores.values():
+        other = dataset and row.get("dataset") and Path(row["dataset"]).name != Path(dataset).name
+        require(not other, f"{path} has scores on {row.get('dataset')}: copy the table for others")
     chosen = [row for row in table if row["name"] in wanted]
     parent = arguments.results / arguments.table.stem
     folders = {row["name"]: parent / row["script"] / row["name"] for row in chosen}
     for row in chosen:
-        check_flags(row, folders[row["name"]])
+        check_flags(row, folders[row["name"]], flags)
     for row in run_side_by_side(chosen, folders, flags, arguments.jobs):
         # Another call may have added rows in the meantime.
         scores = {**read_scores(path), row["name"]: read_score(row, folders[row["name"]])}

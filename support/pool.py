@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -37,6 +39,23 @@ def begin_worker(workers: int) -> None:
     threadpoolctl.threadpool_limits(threads)  # those of NumPy and SciPy
 
 
+@contextlib.contextmanager
+def blocking_ctrl_c() -> Iterator[None]:
+    """Start processes that do not hear Ctrl-C, which in a terminal reaches all of them.
+
+    The one that starts them answers for all. Windows cannot block it.
+    """
+    can_block = hasattr(signal, "pthread_sigmask")
+    if can_block:
+        multiprocessing.resource_tracker.ensure_running()  # its start would lift the block
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def run_tasks(
     make_work: Callable[[], Callable[[Any], Any]], tasks: Sequence[Any], workers: int
 ) -> Iterator[Any]:
@@ -58,7 +77,8 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")
     executor = futures.ProcessPoolExecutor(workers, context, begin_worker, (workers,))
     try:
-        begun = [executor.submit(_do, make_work, task) for task in tasks]
+        with blocking_ctrl_c():
+            begun = [executor.submit(_do, make_work, task) for task in tasks]
         for future in futures.as_completed(begun):
             yield future.result()
     except futures.process.BrokenProcessPool as error:

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -69,7 +70,8 @@ def exit_cleanly(call: Callable[[], Any]) -> None:
         _exit_with(2, f"error: cannot use {error.filename}: {error.strerror}", error)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            _exit_with(1, "error: out of memory: try a smaller --batch-size", error)
+            advice = "try a smaller --batch-size, or fewer images"
+            _exit_with(1, f"error: out of memory: {advice}", error)
         if torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
             reason = str(error).splitlines()[0]
             _exit_with(1, f"error: another process of this run has died ({reason})", error)
@@ -220,7 +222,7 @@ def open_run(
         files.write_json(folder / "config.json", record)
         for left_behind in folder.rglob(".*.tmp"):  # by a process that was killed while writing
             left_behind.unlink(missing_ok=True)
-        log = stack.enter_context(metric_logger(config, folder))
+        log = stack.enter_context(metric_logger(config, folder, str(record.get("started"))))
         try:
             yield Run(folder, log)
         except Diverged:  # which a resumed run would, too
@@ -316,11 +318,12 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def metric_logger(config: settings.RunConfig, folder: Path) -> Iterator[Log]:
+def metric_logger(config: settings.RunConfig, folder: Path, started: str) -> Iterator[Log]:
     """A function `log(row, step)` that sends the row's numbers to TensorBoard or wandb.
 
     With `--logger none` it does nothing. The files are in the run folder; `WANDB_MODE=offline`
-    keeps wandb off the network.
+    keeps wandb off the network. A run that goes on finds its page there by when it `started`, as
+    runs of one name may be in several places.
     """
     if config.logger == "none":
         yield Run.log
@@ -335,10 +338,11 @@ def metric_logger(config: settings.RunConfig, folder: Path) -> Iterator[Log]:
     else:
         import wandb
 
-        logger = loggers.WandbLogger(name, folder, id=name, project="small-images", resume="allow")
+        page = f"{name}-{re.sub(r'[^0-9]', '', started)}"
+        logger = loggers.WandbLogger(name, folder, id=page, project="small-images", resume="allow")
         try:
             _ = logger.experiment
-        except wandb.errors.UsageError as error:
+        except wandb.errors.Error as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"wandb: {reason}; or set WANDB_MODE=offline") from error
     logger.log_hyperparams(dataclasses.asdict(config))

@@ -14,9 +14,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
-import os
-import platform
-import signal
+import secrets
 import threading
 import time
 import warnings
@@ -167,7 +165,7 @@ class Sweep:
         # The progress goes into the seed: a continued sweep must not draw the same trials again,
         # nor two machines with one study.
         trials = self.trials()
-        machine = f"{platform.node()}:{os.getpid()}" if self.shared else ""
+        machine = secrets.token_hex() if self.shared else ""
         seed = zlib.crc32(f"{config.seed} 0 {len(trials)} {machine}".encode())
         self.study.sampler = optuna.samplers.TPESampler(seed=seed)
         self.finished_before = self.count_finished()
@@ -555,16 +553,8 @@ class Worker:
         )
         self.trial: Any = None
         self.idle = False  # It still has to load its data.
-        # Ctrl-C in a terminal reaches all processes; the one with the study answers for all.
-        can_block = hasattr(signal, "pthread_sigmask")  # Windows cannot.
-        if can_block:
-            multiprocessing.resource_tracker.ensure_running()  # Its start would lift the block.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
+        with pool.blocking_ctrl_c():
             self.process.start()
-        finally:
-            if can_block:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         theirs.close()
 
     def begin(self, trial: optuna.Trial) -> None:

@@ -317,6 +317,37 @@ def test_the_summary_says_how_sure_it_is(encoder, folders, tmp_path, capsys):
     assert {"classes.png", "labelled.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+def test_an_image_is_as_bright_in_one_folder_as_in_the_other(encoder, digits, tmp_path, capsys):
+    for place, count in (("labelled/a", 8), ("labelled/b", 8), ("new", 16)):
+        (tmp_path / place).mkdir(parents=True)
+        start = 8 if place.endswith("b") else 0
+        for i in range(start, start + count):
+            levels = digits.train.images[i, 0].numpy().astype(np.uint16) * 16  # 12 bits
+            Image.fromarray(levels).save(tmp_path / place / f"{i:02}.png")
+    Image.fromarray(levels * 16).save(tmp_path / "new/bright.png")
+    places = [encoder[0], tmp_path / "labelled", tmp_path / "new", "--output", tmp_path / "out"]
+    flags = ["--data-dir", tmp_path / "data", "--device", "cpu", "--method", "linear"]
+    classify.main([*map(str, [*places, *flags])])
+    text = capsys.readouterr().out.partition("once more, with one range for both folders:\n")[2]
+    assert text.startswith("black is 0 and white 65535 in images of more than 8 bits\n" * 2)
+    with open(tmp_path / "out/classes.csv", newline="") as file:
+        found = {row["path"]: row["class"] for row in csv.DictReader(file)}
+    assert found.pop("bright.png")
+    assert found == {f"{i:02}.png": "a" if i < 8 else "b" for i in range(16)}
+
+
+def test_near_duplicates_do_not_narrow_the_interval(capsys):
+    labels = torch.tensor([0, 1]).repeat_interleave(60)  # 12 scenes, ten copies of each
+    groups = torch.arange(12).repeat_interleave(10) * 10
+    found = F.one_hot(torch.where(torch.arange(120) < 30, 1 - labels, labels)).float()
+    classify.show_score("", found, labels, groups)
+    # Wilson's interval of 9 right of 12, by the formula of 1927.
+    p, n, z = 0.75, 12, 1.959964
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    assert f"75.0 % [{low:.1f} %, {high:.1f} %]" in capsys.readouterr().out
+
+
 def test_one_image_of_each_class_classifies_and_tells_no_score(encoder, folders, tmp_path, capsys):
     for name in ("digit 0", "digit 1"):
         path = min((folders / "labelled" / name).iterdir())

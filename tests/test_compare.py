@@ -114,6 +114,13 @@ def test_of_the_data_set_the_pixels_count_and_not_its_name(tmp_path):
     assert (first[:2], other[:2]) == (["a", "2"], ["c", "1"])
 
 
+def test_two_names_of_the_same_pixels_are_no_difference(tmp_path, capsys):
+    for name, dataset, rate in (("a", "photos", 1), ("b", "/elsewhere/photos", 2)):
+        simclr_run(tmp_path / name, 0, 0.5, 4.0, dataset=dataset, data="aa", learning_rate=rate)
+    compare.main(["a", "b"])
+    assert "a: learning_rate 1\nb: learning_rate 2\n" in capsys.readouterr().out
+
+
 def test_older_runs_recorded_the_precision_that_auto_chose_beside_it(tmp_path, capsys):
     records = [
         {"precision": "float32", "computed_in": "32-true"},
@@ -156,6 +163,17 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys):
     assert "epochs" not in printed  # the same in both
     assert "" not in printed.splitlines()
     assert Image.open("curves.png").size[0] == 960
+
+
+def test_a_mean_of_fewer_values_than_runs_says_so(tmp_path):
+    runs = [simclr_run(tmp_path / f"s{i}", i, 0.5 + i / 10, 3.0) for i in range(3)]
+    path = Path(runs[2], "summary.json")  # it was stopped before its probe
+    files.write_json(path, {"final_loss": 3.0, "seconds": 90})
+    head, row = compare.main(runs)
+    said = dict(zip(head, row, strict=True))
+    assert said["seeds"] == "3"
+    assert said["linear probe %"] == "55.0 ± 7.1 (of 2)"
+    assert said["loss"] == "3.000 ± 0.000"
 
 
 def test_the_cells_of_rnn_are_rows(tmp_path):

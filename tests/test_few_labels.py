@@ -596,6 +596,16 @@ def test_a_mistake_in_a_worker_is_told(user_error):
         list(pool.run_tasks(make_failing, [1], 2))
 
 
+def make_mask():
+    return lambda task: signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows cannot block signals")
+def test_workers_do_not_hear_ctrl_c_from_their_first_instruction_on():
+    assert list(pool.run_tasks(make_mask, [1], 2)) == [True]
+    assert not make_mask()(1)
+
+
 def test_workers_end_and_other_processes_do_not(monkeypatch):
     class Threads(ThreadPoolExecutor):
         def __init__(self, workers, *_):
@@ -923,6 +933,27 @@ def test_one_data_set_may_be_spelled_in_two_ways(tmp_path, user_error):
         few_labels.with_data_of_runs(few_labels.Config(runs=(a, c)))
     told = dict(report.changed_rows({"runs": [a, b]}, few_labels.Config))
     assert told["--runs"].startswith(f"{a} {b} ")
+
+
+def test_images_are_read_as_the_runs_read_them(tmp_path, user_error):
+    record = {"dataset": "cells", "data": "1f", "image_size": 64, "channels": 1, "stack": "first"}
+    record |= {"value_range": [0, 4095], "data_dir": "/big"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(record))
+    config = few_labels.Config(runs=(str(tmp_path),))
+    read = few_labels.with_data_of_runs(config)
+    assert {name: getattr(read, name) for name in record.keys() - {"data", "value_range"}} == {
+        name: record[name] for name in record.keys() - {"data", "value_range"}
+    }
+    assert read.value_range == (0, 4095)
+    elsewhere = dataclasses.replace(config, data_dir="mine", image_size=64)
+    assert few_labels.with_data_of_runs(elsewhere).data_dir == "mine"
+    for name, value in {"image_size": 48, "channels": 3, "value_range": (0.0, 255.0)}.items():
+        with user_error(settings.flag(name), "leave the flag out"):
+            few_labels.with_data_of_runs(dataclasses.replace(config, **{name: value}))
+    path.write_text(json.dumps({"data": "1f"}))
+    with user_error("names no data set"):
+        few_labels.with_data_of_runs(config)
 
 
 def test_a_run_may_have_seen_a_part_of_the_training_images(tmp_path, user_error, capsys):

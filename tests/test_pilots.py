@@ -59,7 +59,7 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(
     # A score that is not asked for is kept, and what has its scores does not run again.
     elsewhere = {**scores["two"], "knn_accuracy": 0.25}
     files.write_csv(Path("table-scores.csv"), [scores["one"], elsewhere])
-    call("--only", "one")
+    call("--only", "one", "--dataset", "digits", "--device", "cpu")
     said = capfd.readouterr().out
     assert "training images" not in said
     assert [line.split()[0] for line in said.splitlines()] == ["one", "two"]
@@ -67,9 +67,21 @@ def test_pilots_are_scored_on_held_out_training_images_and_run_once(
     with user_error("has no row ['three']"):
         call("--only", "three")
     # A row with other flags must not get the scores of its old run.
-    files.write_csv(Path("table.csv"), [{**ROWS[0], "flags": f"{FLAGS} --temperature 0.1"}])
+    for flags in (f"{FLAGS} --temperature 0.1", FLAGS.removesuffix(" --batch-size 128")):
+        files.write_csv(Path("table.csv"), [{**ROWS[0], "flags": flags}])
+        with user_error("simclr/one was run with other flags"):
+            call("--dataset", "digits", "--device", "cpu")
+    files.write_csv(Path("table.csv"), ROWS)
     with user_error("simclr/one was run with other flags"):
-        call()
+        call("--only", "one", "--dataset", "digits", "--device", "cpu", "--seed", "5")
+    # Scores on two data sets must not stand in one file.
+    with user_error("table-scores.csv has scores on digits"):
+        call("--only", "one", "--dataset", "fashion-mnist")
+    # The summary of a cell is there before the next has begun.
+    for flags in ("--epochs 1", "--epochs 1 --cells lstm,gru"):
+        files.write_csv(Path("table.csv"), [{"name": "one", "script": "rnn", "flags": flags}])
+        with user_error("row 1", "one of its cells"):
+            call()
     files.write_csv(Path("table.csv"), [{**ROWS[0], "script": "other"}])
     with user_error("row 1", "scripts are simclr"):
         call()

@@ -622,6 +622,44 @@ def test_wandb_runs_of_one_process_are_two_and_in_their_folders(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
+def test_runs_of_one_name_have_pages_of_their_own_on_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    pages = []
+
+    class Paged(Recorder):
+        def __init__(self, *arguments, **named):
+            super().__init__()
+            pages.append(named["id"])
+
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Paged)
+    times = iter(f"2026-11-28 08:00:{second:02}" for second in range(60))
+    monkeypatch.setattr(runs.time, "strftime", lambda form: next(times))
+    config = make_config(tmp_path / "here", logger="wandb")
+    for each in (config, make_config(tmp_path / "there", logger="wandb")):
+        with runs.open_run(each) as run:
+            pass
+    with runs.open_run(resume(run.folder)):
+        pass
+    assert pages[0] != pages[1] == pages[2]
+
+
+def test_wandb_without_a_network_is_one_line(tmp_path, monkeypatch, user_error):
+    wandb = pytest.importorskip("wandb")
+
+    class Alone:
+        def __init__(self, *_, **__):
+            pass
+
+        @property
+        def experiment(self):
+            raise wandb.errors.CommError("cannot reach the server")
+
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Alone)
+    opened = runs.open_run(make_config(tmp_path, logger="wandb"))
+    with user_error("cannot reach the server", "WANDB_MODE=offline"), opened:
+        pass
+
+
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named_before_there_is_a_folder(
     tmp_path, monkeypatch, user_error, logger

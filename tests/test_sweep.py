@@ -357,6 +357,14 @@ def open_twice(tmp_path: Path, stack: contextlib.ExitStack, **changes) -> list[s
     return [stack.enter_context(sweep.open_sweep(config, tmp_path, ABOUT)) for _ in range(2)]
 
 
+def test_two_machines_do_not_draw_the_same(tmp_path):
+    # Containers may have one host name, and each its process 1.
+    with contextlib.ExitStack() as stack:
+        searches = open_twice(tmp_path, stack)
+        drawn = [search.study.sampler._rng.rng.random() for search in searches]
+    assert drawn[0] != drawn[1]
+
+
 def test_two_machines_begin_no_trial_too_many(tmp_path):
     def take_part():
         with sweep.open_sweep(config, tmp_path, ABOUT) as search:
