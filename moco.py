@@ -316,9 +316,11 @@ def pretrain(
 
     for epoch in training.epochs():
         shuffling = devices.epoch_generator(config.seed, epoch, fabric.device, devices.KEY_ORDER)
-        if epoch == 0:  # Fill the queue with keys of batches of the epoch after the last.
+        if epoch == 0:  # Fill the queue with keys of batches of the epochs after the last.
             fill = math.ceil(config.queue_size / config.batch_size)
-            for _, images, generator in itertools.islice(training.batches(config.epochs), fill):
+            later = map(training.batches, itertools.count(config.epochs))
+            batches = itertools.islice(itertools.chain.from_iterable(later), fill)
+            for _, images, generator in batches:
                 model.enqueue(make_keys(make_view(images, 0, generator), shuffling))
         for step, images, generator in training.batches(epoch):
             optimizer.param_groups[0]["lr"] = training.rate(peak, step)

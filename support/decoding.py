@@ -195,7 +195,8 @@ def _read_tiff(path: Path, rules: PixelRules) -> np.ndarray:
         pages = len(file.pages)
         _check_stack(pages > 1 and pages != rules.channels, rules.stack)
         part: Any = file.pages[0] if rules.stack == "first" else file.series[0]
-        _check_size(math.prod(part.shape) // (rules.channels or 1))
+        channels = rules.channels or (3 if len(part.shape) == 3 else 1)
+        _check_size(math.prod(part.shape) // channels)
         tag = part.keyframe.tags.get(0x0112)
         return _upright(
             _with_channels(part.asarray(), rules.channels), int(tag.value) if tag else 1

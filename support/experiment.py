@@ -209,8 +209,9 @@ def check_fit(config: PretrainingConfig, data: datasets.ImageData, processes: in
         f"{2 ** int(math.log2(max(4, images)) - 1)}",
     )
     require(
-        config.batch_size % processes == 0,
-        f"--batch-size {config.batch_size} does not divide among {processes} processes",
+        config.batch_size % processes == 0 and config.batch_size >= 2 * processes,
+        f"--batch-size {config.batch_size} does not divide among {processes} processes, two images "
+        "or more for each",
     )
     mapped = len(data.test or data.train)
     require(

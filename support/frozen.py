@@ -98,7 +98,7 @@ def load_encoder(path: Path, device: str) -> Encoder:
         rules = decoding.PixelRules.recorded_in(about)
         network = encoders.make_encoder(about["encoder"], about["stem"], *shape)
         network.load_state_dict(weights)
-    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} does not hold the encoder that it names: {reason}") from error
     probe: dict[str, Tensor] = {}

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -177,7 +178,14 @@ FREE_ON_RESUME = frozenset(
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are `UserError`s: one line, exit code 2, like every other."""
+    """argparse whose mistakes are `UserError`s: one line, exit code 2, like every other.
+
+    It also takes -1e-05 for a number, as Python writes it, where argparse sees a flag.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise what argparse would print."""

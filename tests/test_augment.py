@@ -350,11 +350,16 @@ def test_blur_sigma_is_distributed_as_torchvisions():
     assert stats.ks_2samp(ours, theirs).pvalue > 0.001
 
 
+def test_each_image_is_rotated_by_an_angle_of_its_own():
+    views = augment.random_rotation(noise(1, 16, 16).repeat(64, 1, 1, 1), 90, seeded())
+    assert len(views.unique(dim=0)) > 48
+
+
 @pytest.mark.parametrize("angle", [-90.0, -31.0, 45.0])
 def test_rotation_equals_torchvisions(monkeypatch, angle):
     drawn = torch.tensor([(angle / 90 + 1) / 2])
     monkeypatch.setattr(torch, "rand", lambda *size, **options: drawn)
-    image = torch.linspace(0.1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    image = torch.linspace(0.1, 1, 3 * 12 * 16).view(1, 3, 12, 16)
     ours = augment.random_rotation(image, 90, torch.Generator())
     theirs = [
         rotate(image, sign * angle, InterpolationMode.NEAREST, expand=False) for sign in (1, -1)

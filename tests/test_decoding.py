@@ -196,6 +196,17 @@ def test_an_image_that_can_be_read_again_has_the_range_of_the_others(tmp_path, m
 
 
 @needs_tifffile
+def test_the_limit_of_pixels_does_not_count_colours(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for side, name in ((80, "fits.tif"), (101, "large.tif")):
+        write_tiff(tmp_path / name, draw((side, side, 3)).astype(np.uint16), photometric="rgb")
+    rules = decoding.PixelRules()
+    assert decoding.read_image(tmp_path / "fits.tif", 8, rules).shape == (80, 80, 3)
+    with pytest.raises(OSError, match="10,201 pixels are too many"):
+        decoding.read_image(tmp_path / "large.tif", 8, rules)
+
+
+@needs_tifffile
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_pixels_that_are_no_number_are_refused(tmp_path, user_error, value):
     (tmp_path / "in").mkdir()

@@ -9,6 +9,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
-from sklearn.semi_supervised import LabelSpreading
 from test_pretraining import compute_in_float64
 
 import classifiers
@@ -141,24 +141,6 @@ def test_features_that_are_all_alike_end_soon():
     assert np.isfinite(graphs.spread(graph, np.array([0, 1]), np.eye(2), 0.99)).all()
 
 
-def test_spreading_agrees_with_scikit_learn():
-    similarity, index = small_graph(60, 6)
-    w = dense_affinity(similarity, index)
-    chosen, classes = np.array([0, 7, 19, 33]), np.array([0, 0, 1, 1])  # as many of each class
-    y = np.full(60, -1)
-    y[chosen] = classes
-    theirs = LabelSpreading(lambda a, b: w, alpha=0.8, max_iter=1000, tol=1e-9).fit(
-        np.zeros((60, 1)), y
-    )
-    marks, graph = np.eye(2)[classes], graphs.normalized_graph(similarity, index)
-    found = graphs.spread(graph, chosen, marks, 0.8)
-    # Theirs lets a class have any mass.
-    found *= (np.linalg.inv(np.eye(60) - 0.8 * graph.toarray())[:, chosen] @ marks).sum(0)
-    np.testing.assert_allclose(
-        found / found.sum(1, keepdims=True), theirs.label_distributions_, atol=1e-4
-    )
-
-
 def test_new_images_take_their_neighbours_scores():
     scores_of = np.array([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]])
     found = graphs.average_neighbours(
@@ -270,21 +252,6 @@ def test_the_loss_of_fixmatch_is_that_of_a_naive_loop():
     loss = classifiers.fixmatch_loss(logits, labels, weak, strong, 0.8)
     torch.testing.assert_close(loss, expected.detach())
     assert not loss.requires_grad  # no gradient reaches the guesses
-
-
-def test_the_strong_view_differs_more_than_the_weak_one():
-    images = functions.load_images("digits").train.images[:64]
-    config = few_labels.Config(flip_probability=0)
-    draw = torch.Generator().manual_seed(0)
-    weak = classifiers.augment_weakly(images, config, draw)
-    assert weak.dtype == torch.uint8
-    moved = {tuple(image.flatten().tolist()) for image in images[:, :, 1:, 1:]}
-    assert sum(tuple(i.flatten().tolist()) in moved for i in weak[:, :, :-1, :-1]) > 0
-    host = torch.Generator().manual_seed(1)
-    strong = classifiers.augment_strongly(images, config, draw, host)
-    assert strong.shape == images.shape
-    assert 0 <= strong.min() <= strong.max() <= 1
-    assert ((strong == 0.5).flatten(1).sum(1) >= 4).all()  # Cutout's grey square, cut at the border
 
 
 def test_the_weak_view_is_a_flip_and_a_shift_of_an_eighth():
@@ -589,6 +556,20 @@ def fail(task):
 
 def make_failing():
     return fail
+
+
+def test_a_new_encoder_is_like_that_of_the_runs(tmp_path):
+    network = encoders.make_encoder("resnet18", "imagenet", 1, 8, 4)
+    about = {"encoder": "resnet18", "stem": "imagenet", "width": 4}
+    path = tmp_path / "encoder.safetensors"
+    checkpoints.save_weights(path, network, {"about": json.dumps(about)})
+    trainer = SimpleNamespace(
+        config=few_labels.Config(runs=(str(tmp_path),)), data=functions.load_images("digits")
+    )
+    made = few_labels.Trainer.make_encoder(trainer, None).state_dict()
+    assert {name: weights.shape for name, weights in made.items()} == {
+        name: weights.shape for name, weights in network.state_dict().items()
+    }
 
 
 def test_a_mistake_in_a_worker_is_told(user_error):

@@ -161,16 +161,6 @@ def test_knn_takes_200_neighbours_at_temperature_a_tenth():
     assert functions.knn_accuracy(*everything) == pytest.approx(expected, abs=1e-6)
 
 
-def test_knn_goes_through_all_test_images():
-    # More than one chunk of 1,000.
-    train = torch.eye(3)
-    test_labels = labels_of(2500, 3)
-    test = train[test_labels]
-    wrong = torch.cat((test_labels[:2000], (test_labels[2000:] + 1) % 3))
-    assert functions.knn_accuracy(train, torch.arange(3), test, test_labels, k=1) == 1
-    assert functions.knn_accuracy(train, torch.arange(3), test, wrong, k=1) == 0.8
-
-
 def test_probe_is_as_good_as_logistic_regression(digits):
     train, train_labels, test, test_labels = digits
     scaler = StandardScaler().fit(train)

@@ -290,9 +290,11 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, symmetric, s
         return list(k / k.norm(dim=1, keepdim=True))
 
     first = devices.epoch_generator(7, 0, stream=5)
-    drawn = devices.epoch_generator(7, 3, stream=1)  # after the last epoch
-    order = torch.randperm(28, generator=devices.epoch_generator(7, 3))
-    for index in order[:24].split(8)[: math.ceil(queue / 8)]:  # an epoch has three batches
+    for step in range(math.ceil(queue / 8)):
+        if step % 3 == 0:  # three batches from each of the epochs after the last
+            order = torch.randperm(28, generator=devices.epoch_generator(7, 3 + step // 3))
+            drawn = devices.epoch_generator(7, 3 + step // 3, stream=1)
+        index = order[:24].split(8)[step % 3]
         kept = (kept + make_keys(make_view(data.train.images[index], drawn), first))[8:]
     for epoch in range(3):
         order = torch.randperm(28, generator=devices.epoch_generator(7, epoch))

@@ -472,12 +472,12 @@ def test_checkpoints_are_kept_every_so_many_epochs(tmp_path, every, kept):
 def test_equal_images_of_the_first_class_are_not_all(tmp_path, equal, cause):
     images = noise(3000, seed=4)
     images[:equal] = 7
-    train = dataclasses.replace(make_data().train, images=images)
-    config, model = make_config(tmp_path), Model(make_config(tmp_path), 3, 8)
-    rest = runs.Run(tmp_path), devices.make_fabric("cpu", "float32"), Monitor()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    training = pretraining.Pretraining(model, optimizer, train, config, *rest)
-    assert training._constant == (cause != "good")
+    data = make_data()
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, images=images))
+    config = make_config(tmp_path, epochs=1, batch_size=1000)
+    fabric = devices.make_fabric("cpu", "float32")
+    history = pretrain(Model(config, 3, 8), data, config, runs.Run(tmp_path), fabric)
+    assert (history[-1]["verdict"] == "constant images") == (cause == "constant images")
 
 
 def drive(training, losses, z):

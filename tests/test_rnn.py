@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import functions
 import rnn
-from support import augment, datasets, devices, errors, runs, settings
+from support import augment, checkpoints, datasets, devices, errors, runs, settings
 
 DOLLARS = ("_ok", "price_$5_$10")  # matplotlib would read a formula, and hide what begins with _
 
@@ -476,10 +476,12 @@ def test_it_learns(tmp_path):
 
 @pytest.mark.usefixtures("unrendered_pictures")
 @pytest.mark.parametrize(
-    ("cell", "schedule", "optimizer"), [("rnn", "plateau", "adam"), ("gru", "cosine", "muon")]
+    ("stop", "schedule", "optimizer"),
+    # A cell has six validations and a test.
+    [(4, "plateau", "adam"), (7, "plateau", "adam"), (7 + 4, "cosine", "muon")],
 )
 def test_a_resumed_run_repeats_an_uninterrupted_one(
-    tmp_path, monkeypatch, cell, schedule, optimizer
+    tmp_path, monkeypatch, stop, schedule, optimizer
 ):
     config = small_config(
         tmp_path,
@@ -497,8 +499,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(
 
     def stopping(*args):
         seen.append(1)
-        # A cell has six validations and a test; the fourth validation is cut off.
-        if len(seen) == (4 if cell == "rnn" else 7 + 4):
+        if len(seen) == stop:
             raise KeyboardInterrupt
         return stagnating(*args)
 
@@ -516,6 +517,23 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(
     assert {k: v for k, v in resumed.items() if k not in times} == {
         k: v for k, v in summary.items() if k not in times
     }
+
+
+def test_a_training_that_diverges_keeps_the_epoch_before(tmp_path, monkeypatch):
+    evaluate, seen = rnn.evaluate, []
+
+    def poison(model, split):
+        result = evaluate(model, split)
+        seen.append(1)
+        if len(seen) == 2:
+            model.mlp[-1].bias.data[0] = math.nan
+        return result
+
+    monkeypatch.setattr(rnn, "evaluate", poison)
+    with pytest.raises(errors.Diverged, match="bias is not finite after epoch 2") as caught:
+        rnn.main(small_config(tmp_path))
+    assert "--learning-rate" in caught.value.__notes__[0]
+    assert checkpoints.load(tmp_path / "rnn" / "run" / "checkpoint.pt")["epoch"] == 1
 
 
 def test_best_json_sets_the_model(tmp_path):

@@ -56,18 +56,6 @@ def digits():
     return rnn.load_splits(rnn.Config(dataset="digits"))
 
 
-def test_the_space_is_the_published_one():
-    assert tune.SPACE == {
-        "hidden_size": [128, 256, 512],
-        "num_layers": [1, 3, 5],
-        "l2": [16, 32, 64],
-        "l3": [16, 32, 64],
-        "learning_rate": (1e-4, 1e-1),
-        "weight_decay": (5e-4, 1e-1),
-        "batch_size": [32, 64, 128, 256],
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name, choices in tune.SPACE.items() for value in choices],
@@ -176,7 +164,12 @@ def scripted(monkeypatch, tiny):
 
     def set_losses(losses):
         given = iter(losses)
-        monkeypatch.setattr(rnn, "evaluate", lambda *_: (next(given), None))
+
+        def evaluate(model, split):
+            assert len(split) == 144  # the test images are 360
+            return next(given), None
+
+        monkeypatch.setattr(rnn, "evaluate", evaluate)
 
     return set_losses
 
@@ -204,10 +197,13 @@ def test_a_hopeless_trial_is_stopped_early(tmp_path, scripted):
     ]
 
 
-def test_no_pruner_stops_no_trial(tmp_path):
-    assert isinstance(
-        tune.make_pruner(small_config(tmp_path, pruner="none")), optuna.pruners.NopPruner
-    )
+@pytest.mark.parametrize(("pruner", "stops"), [("none", False), ("hyperband", True)])
+def test_other_pruners_stop_trials_or_none(tmp_path, scripted, pruner, stops):
+    scripted(itertools.count(1.0))  # each trial is worse than those before
+    config = small_config(tmp_path, trials=8, max_epochs=3, pruner=pruner)
+    tune.main(config)
+    found = {row["state"] for row in rows_of(config)}
+    assert found == ({"complete", "pruned"} if stops else {"complete"})
 
 
 @pytest.fixture(scope="module")

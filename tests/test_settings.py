@@ -35,7 +35,7 @@ def other_value(name):
     if isinstance(default, float):
         return default / 2 or 0.5
     others = {"stages": "probe,embed", "labels": "7,all", "view_size": "16,24"}
-    others |= {"encoder": "small", "channels": 5, "value_range": (-1.5, 9.0)}
+    others |= {"encoder": "small", "channels": 5, "value_range": (-1.5e-05, 9.0)}
     return others.get(name, "another one")
 
 

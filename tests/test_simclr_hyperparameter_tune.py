@@ -363,6 +363,8 @@ def test_a_search_of_digits_ends_with_a_command(tmp_path, monkeypatch, capsys):
         path.name for path in folder.iterdir()
     }
     lines = capsys.readouterr().out.splitlines()
+    held_out = "digits: 1,293 training images, 144 test images"  # the test images are 360
+    assert any(line.startswith(held_out) for line in lines)
     words = shlex.split(lines[lines.index("Train with the best settings:") + 1])
     chosen = settings.parse_config(simclr.Config, words[2:], "")
     for name in ("temperature", "learning_rate", "weight_decay", "crop_scale_min"):

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,8 +44,8 @@ def make_parabola():
     return parabola
 
 
-def make_sleeper():
-    """For workers: slow enough for several to run at once."""
+def make_colleague(folder: Path):
+    """For workers: two of them begin before one has finished its first trial."""
 
     def objective(trial):
         x = trial.suggest_float("x", -1, 1)
@@ -57,7 +58,10 @@ def make_sleeper():
             raise Diverged("the loss is nan")
         if trial.number == 3:
             raise optuna.TrialPruned
-        time.sleep(0.3)
+        (folder / str(os.getpid())).touch()
+        until = time.monotonic() + 60
+        while len(list(folder.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
         return x**2
 
     return objective
@@ -70,9 +74,10 @@ def make_suicide(mark: Path):
     def objective(trial):
         x = trial.suggest_float("x", -1, 1)
         done.append(trial.number)
-        if len(done) == 2 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(done) == 2:
+            with contextlib.suppress(FileExistsError):
+                mark.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         return x**2
 
     return objective
@@ -181,12 +186,17 @@ def test_a_finished_sweep_goes_on_with_more_trials_and_draws_others(tmp_path):
     assert len({trial.params["x"] for trial in trials}) == 5
 
 
-def test_no_trial_is_started_when_the_time_is_over(tmp_path):
+def test_no_trial_is_started_when_the_time_is_over(tmp_path, monkeypatch):
+    clock = [1000.0]
+
     def objective(trial):
-        time.sleep(0.2)
+        clock[0] += 40
         return 1.0
 
-    assert states(run(tmp_path, lambda: objective, trials=10**6, timeout=0.1 / 60)) == ["COMPLETE"]
+    still = SimpleNamespace(**{**vars(time), "time": lambda: clock[0]})
+    monkeypatch.setattr(sweep, "time", still)
+    trials = run(tmp_path, lambda: objective, trials=10**6, timeout=1)  # a minute
+    assert states(trials) == ["COMPLETE"] * 2
 
 
 def test_a_pruner_stops_a_trial_worse_than_the_others(tmp_path):
@@ -211,7 +221,8 @@ def test_a_pruner_stops_a_trial_worse_than_the_others(tmp_path):
 
 
 def test_workers_share_the_trials_exactly(tmp_path, capsys):
-    trials = run(tmp_path, make_sleeper, trials=7, workers=2)
+    (team := tmp_path / "team").mkdir()
+    trials = run(tmp_path, functools.partial(make_colleague, team), trials=7, workers=2)
     assert states(trials) == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED", *["COMPLETE"] * 3]
     assert [trial.number for trial in trials] == list(range(7))
     assert trials[2].user_attrs["reason"] == "the loss is nan"
@@ -372,13 +383,10 @@ def test_two_machines_begin_no_trial_too_many(tmp_path):
             search.run(make_parabola)
 
     config = make_config(storage=f"sqlite:///{tmp_path / 'shared.db'}", trials=6)
-    barrier = threading.Barrier(3)
-    with sweep.open_sweep(config, tmp_path, ABOUT):
-        threads = [threading.Thread(target=take_part) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    barrier = threading.Barrier(3, timeout=60)
+    with sweep.open_sweep(config, tmp_path, ABOUT), ThreadPoolExecutor(3) as executor:
+        for done in [executor.submit(take_part) for _ in range(3)]:
+            done.result()
     trials = run(tmp_path, make_bug, storage=config.storage, trials=6)
     assert states(trials) == ["COMPLETE"] * 6
 
@@ -435,11 +443,15 @@ def test_a_machine_that_dies_while_it_begins_a_trial_is_not_waited_for(tmp_path)
 
 
 def test_a_machine_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "GRACE", 3)
     monkeypatch.setattr(sweep, "HEARTBEAT", 0.2)
 
     def objective(trial):
-        time.sleep(5)
+        turn_back_the_clocks(tmp_path)
+        until = time.monotonic() + 60
+        with contextlib.closing(sqlite3.connect(tmp_path / "shared.db")) as database:
+            look = "SELECT count(*) FROM trial_heartbeats WHERE heartbeat > '2021-01-01'"
+            while not database.execute(look).fetchone()[0] and time.monotonic() < until:
+                time.sleep(0.05)
         assert other.begin_trial() is None
         return 1.0
 
