@@ -241,9 +241,9 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
     """
     parsed = parse(arguments)
     encoder, output, data_dir = encoded.open_encoder(parsed, "classify")
-    places = (parsed.labelled, parsed.folder)
-    labelled, mine = (encoded.read_folder(encoder, p, data_dir, parsed.strict) for p in places)
+    labelled = encoded.read_folder(encoder, parsed.labelled, data_dir, parsed.strict)
     classes, labels = read_classes(labelled.names.tolist(), parsed.labelled)
+    mine = encoded.read_folder(encoder, parsed.folder, data_dir, parsed.strict)
     ranges = {part.value_range for part in (labelled, mine)} - {None}
     if len(ranges) > 1:  # an image must be as bright in one folder as in the other
         lows, highs = zip(*ranges, strict=True)
@@ -251,6 +251,7 @@ def main(arguments: Sequence[str]) -> dict[str, float]:
         rules = dataclasses.replace(encoder.rules, value_range=both)
         encoder = dataclasses.replace(encoder, rules=rules)
         print("once more, with one range for both folders:")
+        places = (parsed.labelled, parsed.folder)
         labelled, mine = (encoded.read_folder(encoder, p, data_dir, parsed.strict) for p in places)
 
     features = torch.cat([labelled.features, mine.features])

@@ -13,7 +13,6 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_tracker
 import secrets
 import threading
 import time
