@@ -274,7 +274,7 @@ def fetch(path: Path, official: str, url: str | None, md5: str) -> None:
         require(_md5(path) == md5, f"{path} has a wrong MD5 (not {md5}): delete it or replace it")
         return
     address = url or official
-    if not address.endswith(path.name):
+    if not address.partition("?")[0].endswith(path.name):
         address = f"{address.rstrip('/')}/{path.name}"
     part = path.with_name(path.name + ".part")
     advice = (

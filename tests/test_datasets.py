@@ -254,7 +254,7 @@ def server():
         def do_GET(self):
             self.close_connection = True
             state.ranges.append(self.headers["Range"])
-            content = state.files.get(self.path.rsplit("/", 1)[1])
+            content = state.files.get(self.path.partition("?")[0].rsplit("/", 1)[1])
             if content is None:
                 self.send_error(404)
             elif state.mode == "no http":
@@ -338,14 +338,15 @@ def check_cifar(data, cifar):
     assert data.train.labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize("address", ["official", "file", "folder"])
+@pytest.mark.parametrize("address", ["official", "file", "signed file", "folder"])
 def test_cifar10_is_downloaded_once(tmp_path, monkeypatch, server, cifar, address):
     url = server.url + CIFAR10.filename
     if address == "official":
         monkeypatch.setattr(CIFAR10, "url", url)
-    given = {"official": None, "file": url, "folder": server.url}[address]
+    given = {"official": None, "file": url, "signed file": f"{url}?key=a/b", "folder": server.url}
     check_cifar(
-        functions.load_images("cifar10", tmp_path / "new" / "data", download_url=given), cifar
+        functions.load_images("cifar10", tmp_path / "new" / "data", download_url=given[address]),
+        cifar,
     )
     server.files.clear()
     check_cifar(functions.load_images("cifar10", tmp_path / "new" / "data"), cifar)
