@@ -242,7 +242,7 @@ def _reopen(
     session: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `config.json` for a run that goes on; raises UserError if it cannot."""
-    saved = settings.load_config(type(config), folder)
+    saved = settings.load_config(type(config), folder, quiet=True)  # said with the command line
     record = files.read_json(folder / "config.json")
     for name, value in dataclasses.asdict(config).items():
         if name not in settings.FREE_ON_RESUME | free and value != getattr(saved, name):

@@ -263,11 +263,11 @@ def find_flag(name: str, arguments: Sequence[str]) -> str | None:
     return parser.parse_known_args(arguments)[0].value
 
 
-def load_config(config_class: Any, folder: str | Path) -> Any:
+def load_config(config_class: Any, folder: str | Path, quiet: bool = False) -> Any:
     """The `Config` saved in a run folder's `config.json`, checked as a command line is.
 
     A setting that the folder lacks, because it is from an older version, takes the value that means
-    what the script did then; a line says so.
+    what the script did then; a line says so, unless `quiet`.
 
     Raises:
         UserError: no such file, no JSON, another script's, or a value of a wrong type.
@@ -288,7 +288,7 @@ def load_config(config_class: Any, folder: str | Path) -> Any:
             lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
     values["precision"] = recorded_precision(saved)
-    if lacking:
+    if lacking and not quiet:
         print(
             f"{folder} is of an older version, which did what this one does with "
             + ", ".join(lacking)

@@ -21,7 +21,7 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simclr
 from simclr import Config
-from support import devices, pretraining, progress, runs, settings
+from support import devices, files, pretraining, progress, runs, settings
 from support.errors import Diverged, UserError
 from support.settings import load_config, parse_config
 
@@ -620,6 +620,18 @@ def test_wandb_runs_of_one_process_are_two_and_in_their_folders(tmp_path, monkey
         assert loss in written.read_bytes()
         assert other not in written.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_that_a_folder_is_older_is_said_once(tmp_path, capsys):
+    with runs.open_run(make_config(tmp_path)) as run:
+        pass
+    record = files.read_json(run.folder / "config.json")
+    del record["views"]
+    files.write_json(run.folder / "config.json", record)
+    with runs.open_run(resume(run.folder)):
+        pass
+    said = f"{run.folder} is of an older version, which did what this one does with --views 2\n"
+    assert capsys.readouterr().out == said
 
 
 def test_runs_of_one_name_have_pages_of_their_own_on_wandb(tmp_path, monkeypatch):
