@@ -198,12 +198,13 @@ def describe_differences(groups: Sequence[Sequence[Run]], names: Sequence[str]) 
         first = runs[0]
         others = [other[0].settings for other in groups]
         pixels = {other.get("data") for other in others}
-        same = len(pixels) == 1 and None not in pixels  # under two names, perhaps
+        hidden = {"seed", "fold"}
+        if len(pixels) == 1 and None not in pixels:  # under two names, perhaps
+            hidden.add("dataset")
         keys = [
             key
             for key, value in first.settings.items()
-            if key not in {"seed", "fold", "dataset" if same else ""}
-            and any(other.get(key, value) != value for other in others)
+            if key not in hidden and any(other.get(key, value) != value for other in others)
         ]
         words = [f"{key} {first.settings[key]}" for key in keys]
         if words:
