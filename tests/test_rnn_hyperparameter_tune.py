@@ -56,6 +56,18 @@ def digits():
     return rnn.load_splits(rnn.Config(dataset="digits"))
 
 
+def test_the_space_is_the_published_one():
+    assert tune.SPACE == {
+        "hidden_size": [128, 256, 512],
+        "num_layers": [1, 3, 5],
+        "l2": [16, 32, 64],
+        "l3": [16, 32, 64],
+        "learning_rate": (1e-4, 1e-1),
+        "weight_decay": (5e-4, 1e-1),
+        "batch_size": [32, 64, 128, 256],
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name, choices in tune.SPACE.items() for value in choices],
