@@ -372,7 +372,7 @@ def test_two_machines_do_not_draw_the_same(tmp_path):
     # Containers may have one host name, and each its process 1.
     with contextlib.ExitStack() as stack:
         searches = open_twice(tmp_path, stack)
-        drawn = [search.study.sampler._rng.rng.random() for search in searches]
+        drawn = [search.begin_trial().suggest_float("x", -1, 1) for search in searches]
     assert drawn[0] != drawn[1]
 
 
