@@ -632,6 +632,12 @@ def forget_facts(run):
     checkpoints.save_tensors(run / "encoder.safetensors", weights, {})
 
 
+def name_the_range(run):
+    weights, about = checkpoints.load_tensors(run / "encoder.safetensors")
+    metadata = {"about": json.dumps({**about, "value_range": {"black": 0, "white": 1}})}
+    checkpoints.save_tensors(run / "encoder.safetensors", weights, metadata)
+
+
 DAMAGES = {
     "unfinished": (remove_encoder, "no encoder.safetensors"),
     "no run at all": (shutil.rmtree, "there is no"),
@@ -639,6 +645,7 @@ DAMAGES = {
     "empty": (lambda run: os.truncate(run / "encoder.safetensors", 0), "encoder.safetensors"),
     "other weights": (swap_encoder, "encoder.safetensors"),
     "no facts": (forget_facts, "encoder.safetensors"),
+    "other facts": (name_the_range, "encoder.safetensors"),
     "other probe": (swap_probe, "probe.safetensors"),
     "cut probe": (lambda run: os.truncate(run / "probe.safetensors", 99), "probe.safetensors"),
     "no config": (lambda run: (run / "config.json").write_text("{"), "config.json"),
