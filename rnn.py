@@ -105,6 +105,11 @@ class Config(settings.TrainingConfig, batch_size=64, learning_rate=2.2e-4, weigh
         )
         require(0 < self.train_fraction <= 1, "--train-fraction must be above 0, at most 1")
 
+    def unread(self) -> dict[str, str]:
+        """As `RunConfig.unread`."""
+        ignored = {} if self.schedule == "plateau" else {"patience": "--schedule plateau"}
+        return super().unread() | ignored
+
     @property
     def cell_names(self) -> list[str]:
         """The cells to train."""

@@ -70,6 +70,12 @@ class Config(pretraining.PretrainingConfig, weight_decay=5e-4):
             good = 1 <= getattr(self, name) <= 10**6
             require(good, f"{settings.flag(name)} must be at least 1, at most 1,000,000")
 
+    def unread(self) -> dict[str, str]:
+        """As `RunConfig.unread`."""
+        head = {"linear": ("projection_hidden",), "none": ("projection_hidden", "projection_size")}
+        ignored = head.get(self.projection, ())
+        return super().unread() | dict.fromkeys(ignored, "--projection nonlinear")
+
 
 class SimCLR(nn.Module):
     """An encoder f and a projection head g: `z = g(f(images))` (section 2.1)."""

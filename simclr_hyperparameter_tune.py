@@ -37,6 +37,7 @@ import simclr
 from support import (
     datasets,
     devices,
+    encoders,
     figures,
     files,
     runs,
@@ -86,6 +87,10 @@ class Config(sweep.SweepConfig, trials=60, max_epochs=18):
         """Check the ranges."""
         super().__post_init__()
         require(self.max_epochs >= 2, "--max-epochs must be at least 2: one epoch of four views")
+
+    def unread(self) -> dict[str, str]:
+        """As `RunConfig.unread`."""
+        return super().unread() | encoders.unread(self.encoder)
 
     @property
     def rungs(self) -> list[int]:

@@ -79,10 +79,6 @@ class Config(
         """Check the ranges."""
         super().__post_init__()
         require(self.projector_layers in (2, 3), "--projector-layers must be 2 or 3")
-        require(
-            self.head == "paper" or self.projector_layers == 2,
-            "--projector-layers needs --head paper: the original's has no projector",
-        )
         require(1 <= self.num_ops <= 100, f"--num-ops must be in [1, 100], not {self.num_ops}")
         require(0 <= self.magnitude <= 30, f"--magnitude must be in [0, 30], not {self.magnitude}")
         require(
@@ -90,10 +86,15 @@ class Config(
             f"--optimizer muon with --learning-rate {self.learning_rate:g}, which is SGD's: "
             "try 0.02, and --weight-decay 0.1",
         )
-        require(
-            self.view_size is None or self.augmentation == "crop",
-            "--view-size needs --augmentation crop",
-        )
+
+    def unread(self) -> dict[str, str]:
+        """As `RunConfig.unread`."""
+        ignored = super().unread()
+        if self.head == "original":
+            ignored["projector_layers"] = "--head paper"
+        if self.augmentation == "crop":
+            return ignored | dict.fromkeys(("num_ops", "magnitude"), "--augmentation randaugment")
+        return ignored | dict.fromkeys(pretraining.CROP_SETTINGS, "--augmentation crop")
 
 
 class SimSiam(nn.Module):

@@ -169,6 +169,12 @@ def check_name(name: str) -> None:
     require(timm.is_model(timm_name), f"timm knows no {timm_name!r}: try {suggested}")
 
 
+def unread(name: str) -> dict[str, str]:
+    """The settings that an encoder of this name ignores, and what would give them an effect."""
+    ignored = () if name.startswith("resnet") else ("stem", "width")
+    return dict.fromkeys(ignored, "a ResNet of torchvision's as --encoder")
+
+
 def _make_timm_encoder(name: str, channels: int, image_size: int) -> Any:
     """A network of timm's without its classifier, tried out on two images."""
     import timm

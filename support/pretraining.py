@@ -155,6 +155,10 @@ class PretrainingConfig(settings.TrainingConfig):
             f"--warmup-epochs {self.warmup_epochs} must be fewer than --epochs {self.epochs}",
         )
 
+    def unread(self) -> dict[str, str]:
+        """As `RunConfig.unread`."""
+        return super().unread() | encoders.unread(self.encoder)
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The stages to do."""
@@ -185,6 +189,12 @@ READ_BY = {
     "embedding": "embed",
 }
 EVALUATION = frozenset({"stages", *READ_BY})
+
+# Settings of `crop_views`.
+CROP_SETTINGS = (
+    *("view_size", "crop_scale_min", "flip_probability", "jitter", "jitter_probability"),
+    *("grayscale_probability", "blur_probability"),
+)
 
 
 def crop_views(

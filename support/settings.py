@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from support import decoding, files
 from support.errors import UserError, require
 
+BUILT_IN = ("cifar10", "fashion-mnist", "digits")  # data sets of fixed sizes
 _MISSING = object()
 
 
@@ -137,6 +138,10 @@ class RunConfig:
         folder = find_flag("--resume", arguments)
         return load_config(cls, folder) if folder else cls()
 
+    def unread(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and what would give them one."""
+        return {"image_size": "a folder of images"} if self.dataset in BUILT_IN else {}
+
 
 @dataclass(frozen=True)
 class TrainingConfig(RunConfig):
@@ -224,7 +229,8 @@ def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: 
     flag that contradicts them. A setting of the type `tuple[str, ...]` is words without a flag.
 
     Raises:
-        UserError: an unknown flag, a bad value, or a run folder that cannot be read.
+        UserError: an unknown flag, a bad value, one without effect, or a run folder that cannot be
+            read.
     """
     defaults = config_class.to_start_from(arguments)
     parser = Parser(
@@ -253,7 +259,12 @@ def parse_config(config_class: type[RunConfig], arguments: Sequence[str], text: 
         )
     values = vars(parser.parse_args(arguments)).items()
     changed: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
-    return config_class(**changed)
+    config = config_class(**changed)
+    if config.resume is None:
+        for name, needed in config.unread().items():
+            same = getattr(config, name) == getattr(defaults, name)
+            require(same, f"{flag(name)} has no effect without {needed}")
+    return config
 
 
 def find_flag(name: str, arguments: Sequence[str]) -> str | None:
@@ -286,7 +297,7 @@ def load_config(config_class: Any, folder: str | Path, quiet: bool = False) -> A
         value = saved_value(field, saved)
         if field.name not in saved:
             lacking.append(f"{flag(field.name)} {'unset' if value is None else value}")
-        values[field.name] = tuple(value) if isinstance(value, list) else value
+        values[field.name] = value
     values["precision"] = recorded_precision(saved)
     if lacking and not quiet:
         print(
@@ -317,15 +328,17 @@ def changed_flags(record: dict[str, Any], config_class: Any) -> dict[str, list[s
 
     By flag: `{"--epochs": ["--epochs", "3"], "--pixel-baseline": ["--pixel-baseline"]}`. A setting
     that is not among them, because the script got it later, takes the value that means what the
-    script did before; `auto` precision that which was computed in. Where a run lies is left out.
+    script did before; `auto` precision that which was computed in. Where a run lies is left out,
+    and what had no effect.
     """
     # On another machine `auto` may mean something else than what was computed.
     saved = record | {"precision": recorded_precision(record)}
     made, hints = {}, field_types(config_class)
+    values = {field.name: saved_value(field, saved) for field in dataclasses.fields(config_class)}
+    left_out = PLACES | config_class(**values).unread().keys()
     for field in dataclasses.fields(config_class):
-        value = saved_value(field, saved)
-        value = tuple(value) if isinstance(value, list) else value
-        if value == field.default or field.name in PLACES or value is None:
+        value = values[field.name]
+        if value == field.default or field.name in left_out or value is None:
             continue
         name = flag(field.name)
         if ... in typing.get_args(hints[field.name]):
@@ -357,7 +370,7 @@ def saved_value(field: dataclasses.Field, saved: dict[str, Any]) -> Any:
     retired = field.metadata["retired"]
     if retired and isinstance(value, str):
         value = ",".join(part for part in value.split(",") if part.strip() not in retired)
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def has_type(value: Any, hint: Any) -> bool:

@@ -226,6 +226,7 @@ class Config(
         ("--devices 3", "--batch-size 8 does not divide among --devices 3"),
         ("--width 12", "--width must be a multiple of 8"),
         ("--view-size 8", "needs a ResNet"),
+        ("--width 32", "--width has no effect without a ResNet"),
         ("--encoder resnet18 --view-size 8,", "whole numbers from 1 to 9,999"),
         (f"--encoder resnet18 --view-size {'1' * 5000}", "whole numbers from 1 to 9,999"),
         ("--encoder resnet18 --view-size 8,8,8,16", "more parts"),

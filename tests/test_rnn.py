@@ -597,6 +597,7 @@ def test_best_json_sets_the_model(tmp_path):
         ("--train-fraction 0", "--train-fraction"),
         ("--dataset digits --train-fraction 0.9999", "too few images"),
         ("--patience -1", "--patience"),
+        ("--schedule cosine --patience 3", "--patience has no effect without --schedule plateau"),
         ("--optimizer muon", "--learning-rate 0.00022, which is Adam's: try 0.02"),
         ("--dropout 1", "--dropout"),
         ("--schedule linear", "--schedule"),

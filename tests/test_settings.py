@@ -63,8 +63,8 @@ def test_no_flags_are_the_defaults():
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "resume"])
 def test_every_setting_is_a_flag_that_arrives(name):
     value = other_value(name)
-    config = parse_config(Config, arguments_for(name, value), "")
-    assert config == dataclasses.replace(Config(), **{name: value})
+    config = parse_config(Config, ["--dataset", "images", *arguments_for(name, value)], "")
+    assert config == dataclasses.replace(Config(dataset="images"), **{name: value})
     assert type(getattr(config, name)) is type(value)
 
 
@@ -151,8 +151,8 @@ def test_bad_flags_and_values_are_named_in_one_line(user_error, arguments, words
     [
         ["--batch-size", "2"],
         ["--epochs", "1"],
-        ["--image-size", "8"],
-        ["--image-size", "1024"],
+        ["--dataset", "images", "--image-size", "8"],
+        ["--dataset", "images", "--image-size", "1024"],
         ["--crop-scale-min", "1"],
         ["--jitter", "0", "0", "0", "0.5"],
         ["--flip-probability", "0"],

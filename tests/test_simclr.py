@@ -642,6 +642,8 @@ def test_real_images(tmp_path, monkeypatch):
     [
         ("--dataset nowhere", "unknown data set or missing folder 'nowhere'"),
         ("--dataset digits --batch-size 5000", "larger than the data set"),
+        ("--dataset digits --image-size 16", "--image-size has no effect without a folder"),
+        ("--projection linear --projection-hidden 9", "no effect without --projection nonlinear"),
         ("--temperature 0", "--temperature must be"),
         ("--temperature nan", "--temperature must be"),
         ("--temperature 1e-40", "--temperature must be"),
