@@ -200,11 +200,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("encoder", type=Path, help="run folder, or an encoder.safetensors")
     add("folder", type=Path, help="images, in folders of any depth")
-    text = "of each image, of each kind [5]"
+    text = "nearest images to list for each, of the folder and of the training images [5]"
     add("--neighbours", type=int, default=5, metavar="N", help=text)
     text = "groups to divide the images into, by k-means [none]"
     add("--groups", type=int, metavar="K", help=text)
-    text = "look for neighbours among the run's training images, too [yes]"
+    text = "look among the run's training images, too, and download them if need be [yes]"
     add("--training", action=argparse.BooleanOptionalAction, default=True, help=text)
     encoded.add_flags(parser, "embed")
     parsed = parser.parse_args(arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,9 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
         rules = decoding.PixelRules.recorded_in(record)
         where = (record["dataset"], data_dir, record["image_size"], None, rules)
         data = functions.load_images(*where, unlabelled=bool(record.get("unlabelled")))
+        if data.train.paths is None:  # before images are held out: their places in the data set
+            names = np.array([f"{data.name} {row}" for row in range(len(data.train))])
+            data = dataclasses.replace(data, train=dataclasses.replace(data.train, paths=names))
         data = data.evaluated_on(record.get("evaluate_on"))
         same = record.get("data") in (None, data.fingerprint())
         require(same, f"{record['dataset']} holds other images now")
@@ -107,12 +112,9 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
         print(f"Neighbours among the training images are left out: {error}.")
         return None
     rows = torch.arange(len(data.train))
-    names = data.train.paths
-    if names is None:
-        names = np.array([f"{data.name} {row}" for row in range(len(rows))])
     features = extract(encoder, data.train.images, rows, "training images")
     F.normalize(features, dim=1, out=features)  # in place: there may be many
-    return Collection(names, data.train.images, rows, features)
+    return Collection(data.train.paths, data.train.images, rows, features)
 
 
 def add_flags(parser: Parser, script: str) -> None:
@@ -121,6 +123,10 @@ def add_flags(parser: Parser, script: str) -> None:
     add("--output", type=Path, help=f"folder to write [results/{script}/<run>-<folder name>]")
     text = "similarity from which on two images are near-duplicates [0.99]"
     add("--duplicates", type=float, default=0.99, metavar="X", help=text)
+    text = "values that become black and white in images of more than 8 bits [the run's, or chosen]"
+    add("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = "first: of a file with several images (pages, frames) take the first [the run's]"
+    add("--stack", choices=("refuse", "first"), help=text)
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
     add("--data-dir", type=Path, help="for the cache, and the run's data set [the run's]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[auto]")
@@ -135,8 +141,16 @@ def open_encoder(parsed: argparse.Namespace, script: str) -> tuple[frozen.Encode
     """
     require(0 < parsed.duplicates <= 1, f"--duplicates must be in (0, 1], not {parsed.duplicates}")
     require(parsed.folder.is_dir(), f"there is no folder {parsed.folder}")
+    low, high = parsed.value_range or (0, 1)
+    good = -math.inf < low < high < math.inf
+    require(good, f"--value-range takes a lower and a higher number, not {low:g} {high:g}")
     encoder = frozen.load_encoder(parsed.encoder, parsed.device)
+    own = {"value_range": parsed.value_range and (low, high), "stack": parsed.stack}
+    rules = dataclasses.replace(encoder.rules, **{k: v for k, v in own.items() if v})
+    encoder = dataclasses.replace(encoder, rules=rules)
     name = f"{encoder.name}-{parsed.folder.resolve().name}"
     output = parsed.output or Path("results", script, name)
     files.check_new_folder(output)
+    inside = output.resolve().is_relative_to(parsed.folder.resolve())
+    require(not inside, f"{output} lies in the folder of images: name another with --output")
     return encoder, output, parsed.data_dir or Path(encoder.record.get("data_dir", "data"))

@@ -11,7 +11,7 @@ import numpy as np
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-) | {".avif", ".heic", ".heif"}
+) | {".avif", ".heic", ".heif", ".jfif", ".jpe", ".pnm"}
 IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "TIFF", "PPM"]
 
 
@@ -72,6 +72,7 @@ def read_image(path: Path, size: int, rules: PixelRules) -> np.ndarray:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         pixels = _with_channels(np.load(path, "r", allow_pickle=False), rules.channels)
+        _check_size(math.prod(pixels.shape[:2]))
     elif suffix in (".tif", ".tiff") and _needs_tifffile(path, rules):
         pixels = _read_tiff(path, rules)
     elif rules.channels not in (None, 1, 3):
@@ -125,9 +126,10 @@ def _read_with_pillow(path: Path, size: int, stack: str) -> np.ndarray:
         except ImportError:
             raise OSError("Pillow cannot read it: pip install pillow-heif") from None
         pillow_heif.register_heif_opener()
-        formats = ["HEIF"]
+        formats = [*IMAGE_FORMATS, "HEIF"]
     with Image.open(path, formats=formats) as opened:
         image: Image.Image = opened
+        image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
         _check_size(image.width * image.height)
         # Besides the photograph, the second image of a phone's JPEG (MPO) has its depth.
         several = getattr(opened, "is_animated", False) and opened.format != "MPO"
@@ -136,7 +138,6 @@ def _read_with_pillow(path: Path, size: int, stack: str) -> np.ndarray:
             return _upright(_read_16_bit_png(path), opened.getexif().get(0x0112, 1))
         if opened.format == "PNG" and opened.tile[0].args in ("LA;16B", "RGBA;16B"):
             raise OSError("a PNG of 16 bits with transparency: save it without")
-        image.draft("RGB", (2 * size, 2 * size))  # decode huge JPEGs at a fraction of their size
         image.load()
         if image.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
@@ -180,6 +181,7 @@ def _needs_tifffile(path: Path, rules: PixelRules) -> bool:
         or (bits > 8 and tags.get(277, 1) > 1)  # it takes the upper bytes, or noise
         or 0 in tags.get(338, ())  # further channels, which it drops
         or (bits == 8 and signed)
+        or (bits > 8 and tags.get(262) == 0)  # white is 0, which it inverts at 8 bits only
         or (bits == 32 and 1 in tags.get(339, (1,)))  # unsigned, which it takes for signed
     )
 
@@ -198,9 +200,12 @@ def _read_tiff(path: Path, rules: PixelRules) -> np.ndarray:
         channels = rules.channels or (3 if len(part.shape) == 3 else 1)
         _check_size(math.prod(part.shape) // channels)
         tag = part.keyframe.tags.get(0x0112)
-        return _upright(
-            _with_channels(part.asarray(), rules.channels), int(tag.value) if tag else 1
-        )
+        pixels = _with_channels(part.asarray(), rules.channels)
+        if part.keyframe.photometric == 0:  # white is 0
+            if pixels.dtype.kind != "u":
+                raise OSError("its white is 0: save it with black as 0")
+            pixels = 2**part.keyframe.bitspersample - 1 - pixels
+        return _upright(pixels, int(tag.value) if tag else 1)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -221,7 +226,9 @@ def _with_channels(array: np.ndarray, channels: int | None) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] in wanted:
         return array.transpose(1, 2, 0)
     shape = " x ".join(map(str, array.shape))
-    raise OSError(f"its {shape} values are not of {channels or '1 or 3'} channels: see --channels")
+    raise OSError(
+        f"its {shape} values are not of the {channels or '1 or 3'} channels of --channels"
+    )
 
 
 def _check_size(pixels: int) -> None:

@@ -41,7 +41,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def check_new_folder(path: Path) -> None:
     """Raise UserError unless a folder can be made at `path`, or is there, empty."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     writable = there.is_dir() and os.access(there, os.W_OK)
     require(writable, f"cannot write {path}: {there} is no folder that can be written to")
     full = there == path and any(path.iterdir())

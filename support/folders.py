@@ -25,7 +25,7 @@ from torch import Tensor
 from support import datasets, decoding
 from support.errors import UserError, require
 
-CACHE_VERSION = 3  # raise it when decoding changes
+CACHE_VERSION = 4  # raise it when decoding changes
 COPY_ON_WRITE: Final = "c"  # torch wants a writable array, and nothing may reach the file
 
 
@@ -99,6 +99,8 @@ def load_folder(
 def _find_splits(folder: Path) -> tuple[Path, Path | None]:
     """Where the training and the test images lie: in the folder itself, if it is not split."""
     names = {path.name for path in subfolders(folder)}
+    capitals = sorted(n for n in names - {"train", "test"} if n.lower() in ("train", "test"))
+    require(len(capitals) < 2, f"{folder} has {', '.join(capitals)}: call them train and test")
     others = sorted(names - {"train", "test"})
     # `train` may also be the name of a class: then it holds images and has neighbours.
     if "train" not in names or (others and not subfolders(folder / "train")):
@@ -377,9 +379,10 @@ def _decode_into(
     def decode_all(rows: Sequence[int], rules: decoding.PixelRules) -> None:
         if not rows:
             return
-        parts = [rows[i : i + 256] for i in range(0, len(rows), 256)]
         # A job may have few of the machine's cores, and memory for as many images at a time.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        many = max(1, min(256, len(rows) // (4 * (cores or 1))))
+        parts = [rows[i : i + many] for i in range(0, len(rows), many)]
         with (
             ThreadPoolExecutor(cores) as pool,
             tqdm(total=len(rows), desc=f"Decoding {folder.name}", unit="img", disable=None) as bar,

@@ -84,6 +84,8 @@ def load_encoder(path: Path, device: str) -> Encoder:
     folder = file.resolve().parent
     is_run = file.name == "encoder.safetensors" and (folder / "config.json").exists()
     record = files.read_json(folder / "config.json") if is_run else {}
+    if "script" not in record:  # other programs have a file of that name, too
+        is_run, record = False, {}
     # Files of older versions name neither the side nor the precision.
     dataset, side = str(record.get("dataset")), record.get("image_size")
     size: Any = about.get("size", SIDES.get(dataset, side))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import embed
 import functions
@@ -204,6 +204,37 @@ def test_the_limit_of_pixels_does_not_count_colours(tmp_path, monkeypatch):
     assert decoding.read_image(tmp_path / "fits.tif", 8, rules).shape == (80, 80, 3)
     with pytest.raises(OSError, match="10,201 pixels are too many"):
         decoding.read_image(tmp_path / "large.tif", 8, rules)
+
+
+def test_the_limit_of_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    np.save(tmp_path / "a.npy", np.zeros((101, 101), np.uint8))
+    Image.new("L", (101, 101)).save(tmp_path / "a.png")
+    for name in ("a.npy", "a.png"):
+        with pytest.raises(OSError, match="10,201 pixels are too many"):
+            decoding.read_image(tmp_path / name, 8, decoding.PixelRules(channels=1))
+    # Of a JPEG a smaller version is decoded.
+    Image.new("RGB", (128, 128), "blue").save(tmp_path / "a.jpg")
+    assert decoding.read_image(tmp_path / "a.jpg", 8, decoding.PixelRules()).shape == (16, 16, 3)
+
+
+@needs_tifffile
+def test_white_may_be_zero(tmp_path):
+    pixels = draw((16, 16), 2**12)
+    for bits, kind in ((8, np.uint8), (16, np.uint16), (32, np.uint32)):
+        values = (pixels >> 4).astype(kind) if bits == 8 else pixels.astype(kind)
+        write_tiff(tmp_path / "a.tif", values, photometric="miniswhite")
+        found = decoding.read_image(tmp_path / "a.tif", 16, decoding.PixelRules())
+        np.testing.assert_array_equal(found[..., 0], np.iinfo(kind).max - values)
+    write_tiff(tmp_path / "a.tif", pixels / 4095, photometric="miniswhite")
+    with pytest.raises(OSError, match="its white is 0"):
+        decoding.read_image(tmp_path / "a.tif", 16, decoding.PixelRules())
+
+
+def test_postscript_is_not_run(tmp_path):
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(UnidentifiedImageError):
+        decoding.read_image(tmp_path / "a.png", 8, decoding.PixelRules())
 
 
 @needs_tifffile
@@ -429,6 +460,9 @@ def test_a_run_on_five_channels_and_its_encoder_on_a_folder(trained, capsys):
     for path, features in zip(found["paths"], found["features"], strict=True):
         assert np.array_equal(features, own[path.replace("-", "/")])
     assert (home / "out" / "neighbours.png").stat().st_size > 1000
+    flags = ["--value-range", "0", "8190", "--no-training", "--output", str(home / "other")]
+    embed.main([str(run), str(mine), "--device", "cpu", *flags])
+    assert "black is 0 and white 8190" in capsys.readouterr().out
 
 
 def test_a_run_on_five_channels_goes_on(trained):

@@ -1,7 +1,9 @@
 import csv
 import dataclasses
+import importlib.util
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from image_folders import needs_names_of_bytes
 from pictures import unrendered
 from PIL import Image
@@ -19,7 +22,17 @@ from sklearn.neighbors import NearestNeighbors
 import embed
 import functions
 import simclr
-from support import checkpoints, datasets, decoding, devices, encoders, files, frozen, settings
+from support import (
+    checkpoints,
+    datasets,
+    decoding,
+    devices,
+    encoders,
+    figures,
+    files,
+    frozen,
+    settings,
+)
 
 
 def write_digits(folder, split, positions):
@@ -99,6 +112,12 @@ def start(run, folder, output, *flags):
 @pytest.fixture(scope="module")
 def embedded(trained):
     return start(trained.run, trained.images, trained.home / "out")
+
+
+def read_page(folder):
+    """What `embedding.html` shows."""
+    text = (folder / "embedding.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r"^const data = (.*);$", text, re.MULTILINE)[1])
 
 
 def position(path):
@@ -192,6 +211,14 @@ def test_images_beyond_those_of_the_map_are_left_out_of_it(trained, tmp_path, mo
     assert np.flatnonzero(np.isfinite(places).all(1)).tolist() == sorted(chosen.tolist())
     assert np.isnan(places).sum() == 2 * 25
     assert [row["x"] == "" for row in found.images] == np.isnan(places[:, 0]).tolist()
+    if importlib.util.find_spec("plotly") is None:
+        return
+    page = read_page(tmp_path / "out")
+    mapped = sorted(chosen.tolist())
+    assert page["names"] == [found.images[i]["path"] for i in mapped]
+    search = NearestNeighbors(n_neighbors=5, metric="cosine")
+    search.fit(found.arrays["features"][mapped])
+    assert page["neighbours"] == search.kneighbors(return_distance=False).tolist()
 
 
 # -------------------------------------------------------------------------------- neighbours
@@ -222,7 +249,7 @@ def test_neighbours_are_scikit_learns(trained, embedded, where):
         assert row[f"{prefix}similarity"] == best["similarity"]
 
 
-def test_training_images_in_the_folder_are_found_out(embedded, capsys):
+def test_training_images_in_the_folder_are_found_out(embedded):
     seen = [row for row in embedded.images if row["path"].startswith("seen/")]
     assert len(seen) == 5
     for row in seen:
@@ -374,8 +401,14 @@ def test_contact_sheet_shows_each_image_beside_its_neighbours(colour_file, tmp_p
 
 def test_page_shows_the_map(trained, embedded):
     pytest.importorskip("plotly")
-    text = (trained.home / "out" / "embedding.html").read_text()
-    assert "45 images of images by run" in text
+    page = read_page(trained.home / "out")
+    assert "45 images of images by run" in (trained.home / "out" / "embedding.html").read_text()
+    assert page["names"] == [row["path"] for row in embedded.images]
+    assert page["points"] == [[float(row["x"]), float(row["y"])] for row in embedded.images]
+    shown = [page["classes"][label] for label in page["labels"]]
+    assert shown == [row["class"] for row in embedded.images]
+    nearest = [row["neighbour"] for row in embedded.neighbours if row["where"] == "folder"]
+    assert [page["names"][i] for row in page["neighbours"] for i in row] == nearest
 
 
 def test_without_plotly_only_the_page_is_missing(trained, tmp_path, monkeypatch, capsys):
@@ -475,7 +508,11 @@ def test_groups_are_those_that_lie_apart_the_largest_first(seed):
         assert distances[i] == pytest.approx((scaled[i] - centre).norm().item(), abs=1e-3)
 
 
-def test_each_image_has_a_group_and_the_map_shows_it(trained, colour_file, tmp_path):
+def test_each_image_has_a_group_and_the_map_shows_it(trained, colour_file, tmp_path, monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(
+        figures, "plot_sheet", lambda path, names, groups, title: sheets.update({path.name: groups})
+    )
     found = start(trained.run, trained.images, tmp_path / "out", "--groups", "3")
     sizes = [[int(row["group"]) for row in found.images].count(group) for group in (1, 2, 3)]
     assert sum(sizes) == 45
@@ -483,11 +520,17 @@ def test_each_image_has_a_group_and_the_map_shows_it(trained, colour_file, tmp_p
     # They are groups of standardised features.
     features = torch.from_numpy(np.load(tmp_path / "out" / "features.npz")["features"])
     standardised = (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-6)
-    expected, _ = embed.group_images(
+    expected, distances = embed.group_images(
         standardised, 3, json.loads((trained.run / "config.json").read_text())["seed"]
     )
     assert [int(row["group"]) for row in found.images] == (expected + 1).tolist()
-    assert (tmp_path / "out" / "groups.png").exists()
+    [(drawn, _)] = sheets["groups.png"].values()
+    for group, tiles in enumerate(drawn):  # of the dozen nearest to the centre, nearest first
+        members = (expected == group).nonzero()[:, 0]
+        nearest = members[distances[members].argsort(stable=True)[:11]]
+        for tile, i in zip(tiles, nearest, strict=True):
+            image = Image.open(trained.images / found.images[i]["path"])
+            assert np.array_equal(tile[0], np.asarray(image))
     page = tmp_path / "out" / "embedding.html"
     assert "coloured by the linear probe" in page.read_text(encoding="utf-8")
     start(colour_file, trained.images, tmp_path / "bare", "--groups", "3")
@@ -546,6 +589,18 @@ def copy_without(trained, folder, *facts, **record):
 
 
 @pytest.mark.usefixtures("unrendered_pictures")
+def test_a_stack_of_images_is_taken_when_asked_for(trained, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "in" / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "in" / "still.png")
+    counts = start(trained.run, tmp_path / "in", tmp_path / "out").counts
+    assert (counts["images"], counts["broken"]) == (1, 1)
+    assert "--stack first" in capsys.readouterr().out
+    counts = start(trained.run, tmp_path / "in", tmp_path / "more", "--stack", "first").counts
+    assert (counts["images"], counts["broken"]) == (2, 0)
+
+
 def test_older_run_is_read_with_its_config(trained, embedded, tmp_path, user_error):
     old = copy_without(trained, tmp_path / "old", "size", "computed_in")
     (old / "probe.safetensors").unlink()
@@ -587,26 +642,34 @@ def test_training_images_without_labels_are_those_of_all_folders(trained, tmp_pa
 
 
 @pytest.mark.usefixtures("unrendered_pictures")
-@pytest.mark.parametrize("record", [{"model": ["ResNet"]}, {"dataset": 5, "image_size": 8}])
+@pytest.mark.parametrize("record", [{"seed": None}, {"dataset": 5, "value_range": "none"}])
 def test_a_config_json_of_another_program_is_no_record(trained, tmp_path, capsys, record):
     run = copy_without(trained, tmp_path / "run")
     files.write_json(run / "config.json", record)
     found = start(run, trained.images, tmp_path / "out")
     (line,) = [s for s in capsys.readouterr().out.splitlines() if "are left out" in s]
-    assert "names no data set" in line
+    assert "there is no config.json beside the encoder" in line
     assert {row["where"] for row in found.neighbours} == {"folder"}
 
 
 @pytest.mark.usefixtures("unrendered_pictures")
-def test_neighbours_are_looked_for_where_the_run_was_trained(trained, digits, tmp_path):
+def test_neighbours_are_looked_for_where_the_run_was_trained(trained, digits, tmp_path, capsys):
     rest = digits.with_validation_split()
     record = {"evaluate_on": "validation", "data": rest.fingerprint()}
     run = copy_without(trained, tmp_path / "run", **record)
     found = start(run, trained.images, tmp_path / "out")
-    last = max(
-        position(r["neighbour"].split()[1]) for r in found.neighbours if r["where"][0] == "t"
-    )
-    assert last < len(rest.train) < len(digits.train)
+    kept = {image.numpy().tobytes() for image in rest.train.images}
+    features = F.normalize(torch.from_numpy(trained.train), dim=1)
+    seen = sum(image.numpy().tobytes() in kept for image in digits.train.images[:5])
+    assert f"of training images  {seen} " in capsys.readouterr().out
+    assert seen > 0
+    mine = dict(zip(found.arrays["paths"], found.arrays["features"], strict=True))
+    for row in (row for row in found.neighbours if row["where"] == "training"):
+        place = position(row["neighbour"].removeprefix("digits "))  # in the whole data set
+        assert digits.train.images[place].numpy().tobytes() in kept
+        query = F.normalize(torch.from_numpy(mine[row["query"]]), dim=0)
+        similarity = (features[place] * query).sum().item()
+        assert float(row["similarity"]) == pytest.approx(similarity, abs=2e-5)
 
 
 def remove_encoder(run):
@@ -675,6 +738,8 @@ def test_mistakes_get_a_line(trained, tmp_path, user_error, monkeypatch):
         (("full", "not empty"), images, ("--output", "full")),
         (("full/mine.txt",), images, ("--output", "full/mine.txt")),
         (("cannot write full/mine.txt/a",), images, ("--output", "full/mine.txt/a")),
+        (("lies in the folder",), images, ("--output", str(images / "out"))),
+        (("--value-range", "5 5"), images, ("--value-range", "5", "5")),
         (("--neighbours", "0"), images, ("--neighbours", "0")),
         (("--groups", "at least 2"), images, ("--groups", "1")),
         (("--groups 46", "not 45"), images, ("--groups", "46")),

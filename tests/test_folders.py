@@ -97,7 +97,7 @@ def test_unlabelled_folders_are_no_classes(tmp_path, user_error):
 
 def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path):
     wanted = [f"a/deep/er/{i}.png" for i in range(3)] + ["a/b/0.PNG", "a/1.png"]
-    wanted += [f"b/{i}.bmp" for i in range(5)]
+    wanted += [f"b/{i}.bmp" for i in range(4)] + ["b/4.pnm"]
     hidden = ["a/.hidden.png", "a/.folder/0.png", ".git/0.png", "b/._0.png"]
     made = make_folder(tmp_path / "in", *wanted, *hidden)
     for name in ("a/notes.txt", "README.md", ".DS_Store", "b/Thumbs.db"):
@@ -234,6 +234,10 @@ MISTAKES = {
     "unknown test class": (
         ["in/train/cat/0.png", "in/train/dog/0.png", "in/test/cow/0.png"],
         ["test", "cow"],
+    ),
+    "capital letters": (
+        ["in/Train/cat/0.png", "in/Train/dog/0.png", "in/Test/cat/0.png"],
+        ["Test, Train", "call them train and test"],
     ),
     "class too small to split": (
         ["in/cat/0.png", *(f"in/dog/{i}.png" for i in range(9))],
