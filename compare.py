@@ -132,19 +132,23 @@ def group(runs: Sequence[Run]) -> list[list[Run]]:
     groups: list[list[Run]] = []
     for run in runs:
         for others in groups:
-            first = others[0]
-            known = run.settings.get("data") and first.settings.get("data")
-            both = run.settings.keys() & first.settings.keys()
-            both -= {"seed", "fold", "dataset" if known else "data"}
-            alike = all(run.settings[key] == first.settings[key] for key in both)
-            alike &= (run.script, run.cell) == (first.script, first.cell)
             seeds = [(o.settings.get("seed"), o.settings.get("fold")) for o in others]
-            if alike and (run.settings.get("seed"), run.settings.get("fold")) not in seeds:
+            new = (run.settings.get("seed"), run.settings.get("fold")) not in seeds
+            if new and all(are_alike(run, other) for other in others):
                 others.append(run)
                 break
         else:
             groups.append([run])
     return groups
+
+
+def are_alike(run: Run, other: Run) -> bool:
+    """Whether two runs differ in nothing but their seed or fold, as `group` says."""
+    known = run.settings.get("data") and other.settings.get("data")
+    both = run.settings.keys() & other.settings.keys()
+    both -= {"seed", "fold", "dataset" if known else "data"}
+    same = all(run.settings[key] == other.settings[key] for key in both)
+    return same and (run.script, run.cell) == (other.script, other.cell)
 
 
 def name_groups(groups: Sequence[Sequence[Run]]) -> list[str]:

@@ -48,7 +48,7 @@ from support import (
     scores,
     settings,
 )
-from support.errors import require
+from support.errors import Diverged, require
 from support.scores import Task
 from support.settings import setting
 
@@ -154,7 +154,10 @@ def read_starts(folders: Sequence[str], together: bool = False) -> dict[str, Sta
     names = [f"{len(runs)} runs of {runs[0].script}" for runs in groups]
     group_of: dict[str, str] = {}
     for members, name in zip(groups, names, strict=True):
-        group = name if len(members) > 1 and names.count(name) == 1 else members[0].name
+        group = name
+        if len(members) == 1 or names.count(name) > 1:  # then the first run names them
+            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+            group = members[0].name + more
         group_of |= dict.fromkeys((run.name for run in members), group)
     starts = {"nothing": Start("", ("new",)), "pixels": Start("pixels", ("pixels",))}
     for name, run in read.items():
@@ -272,9 +275,15 @@ class Trainer:
             config=config,
             fabric=fabric,
         )
-        predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
+        try:
+            predictions, truth = method.predict(given).cpu(), data.test.labels.cpu()
+        except Diverged as error:
+            raise Diverged(
+                f"{describe(task)}: {error}; other --methods go on without it"
+            ) from error
         row = {**task._asdict(), "accuracy": functions.accuracy(predictions, truth)}
-        row["macro_f1"] = float(f1_score(truth, predictions, average="macro"))
+        tested = truth.unique().numpy()  # classes without test images have no score
+        row["macro_f1"] = float(f1_score(truth, predictions, labels=tested, average="macro"))
         return row | {"seconds": time.perf_counter() - began}
 
     def make_encoder(self, folder: Path | None) -> Any:
@@ -289,6 +298,11 @@ class Trainer:
             require({"encoder", "stem"} <= about.keys(), f"{path} does not say what encoder it is")
         width = about.get("width", 64)
         return encoders.make_encoder(about["encoder"], about["stem"], channels, side, width)
+
+
+def describe(task: Task) -> str:
+    """A task in words."""
+    return f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw + 1}"
 
 
 def train_missing(
@@ -309,9 +323,8 @@ def train_missing(
         missing = [other for other in missing if other != task]
         if row["seconds"] > 10 or len(missing) % 100 == 0:
             time_left = scores.estimate_time(missing, [*done.values()], config.workers)
-            what = f"{task.method} from {task.start}, {task.labels:,} labels, draw {task.draw + 1}"
             took = f"{row['accuracy']:.1%} in {row['seconds']:.0f} s"
-            print(f"{what}: {took}; {len(missing):,} left, {time_left}")
+            print(f"{describe(task)}: {took}; {len(missing):,} left, {time_left}")
     return [done[task] for task in tasks]
 
 
@@ -428,6 +441,9 @@ def main(config: Config) -> dict[str, Any]:
         if config.evaluate_on == "validation":
             what = "held-out training images"
             print(f"what are called test images are {what}")
+        asked = (int(part) for part in config.labels.split(",") if part.strip().isdecimal())
+        if max(asked, default=0) > len(data.train):
+            print(f"--labels above {len(data.train):,} are left out")
         rows = scores.read_rows(run.folder / "few_labels.csv")
         missing = set(tasks) - {scores.task_of(row) for row in rows}
         print(

@@ -176,7 +176,8 @@ def spread(graph: Any, chosen: np.ndarray, marks: np.ndarray, alpha: float) -> n
     """Class scores F = (I - alpha S)^-1 Y (Zhou et al. 2003, equation 4) of all images, `(N, K)`.
 
     Each class then gets the mass that its share of the labelled images is (class mass
-    normalisation, Zhu et al. 2003, section 4), so that none floods the others.
+    normalisation, Zhu et al. 2003, section 4), so that none floods the others. Where as many images
+    of each class are labelled, that takes all classes for equally frequent.
 
     Args:
         graph: S, from `normalized_graph`.

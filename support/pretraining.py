@@ -464,12 +464,14 @@ class Pretraining:
             columns["gradient_norm"] = torch.nn.utils.get_total_norm(gradients).item()
         columns |= verdict.measure(z, self.share.views, self._views)
         parts = [layer.images for layer in layers if hasattr(layer, "images")]  # MoCo's layers'
+        # SyncBatchNorm's pass is that of all processes together.
+        shared = any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in layers)
         about = verdict.Circumstances(
             epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
             embeddings=len(z),
             size=z.shape[1],
-            normalised=min([len(self._z) // self.method.passes, *parts]),
+            normalised=min([len(z if shared else self._z) // self.method.passes, *parts]),
             knn_chance=verdict.chance_accuracy(self.train.labels, len(self.monitor.queries)),
             constant=self._constant,
             frozen=any(not layer.training for layer in layers),

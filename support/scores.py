@@ -6,6 +6,7 @@ A row is a training: the fields of its `Task`, `accuracy` and `macro_f1` in [0, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,11 +84,10 @@ def find_differences(rows: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]
     The best has the largest mean over the draws that all rivals were trained on. Differences are
     paired: both on the same draws, each the mean over the runs of a name. What has no randomness of
     its own is trained once on all labels, and stands beside every draw there. `low` and `high` are
-    the 95 % interval of Student over the draws; it speaks of these encoders, and what other
-    pretraining seeds would bring is in the sd.
+    a 95 % interval of Student's for other draws and, where a name has several runs, for other
+    pretraining seeds, their half-widths combined as independent errors are. The test images stay
+    these.
     """
-    from scipy import stats
-
     cells: dict[tuple[str, int], dict[int, list[float]]] = {}
     for row in rows:
         draws = cells.setdefault((row["name"], row["labels"]), {})
@@ -113,10 +113,19 @@ def find_differences(rows: Rows, rivals: frozenset[str]) -> list[dict[str, Any]]
         row = {"name": name, "labels": count, "opponent": best[0], "draws": len(gaps)}
         row |= {"difference": float(np.mean(gaps)), "low": None, "high": None}
         if len(gaps) > 1:
-            half = float(stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1))
+            runs = np.mean([cells[cell][draw] for draw in sorted(cells[cell])], 0)  # each run's
+            half = math.hypot(half_width(gaps), half_width(runs))
             row |= {"low": row["difference"] - half, "high": row["difference"] + half}
         found.append(row)
     return found
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of Student's 95 % interval of a mean; 0 where a single value says nothing of it."""
+    from scipy import stats
+
+    count = len(values)
+    return float(stats.sem(values) * stats.t.ppf(0.975, count - 1)) if count > 1 else 0.0
 
 
 COLUMNS: dict[str, Callable[[str], Any]] = {"method": str, "start": str, "labels": int, "draw": int}
@@ -145,7 +154,7 @@ def make_tables(scores: Rows, differences: Rows) -> str:
     for title, rows, cell in (
         ("accuracy in %, mean ± sd", scores, lambda row: percent(row, "accuracy")),
         ("macro-F1 in %, mean ± sd", scores, lambda row: percent(row, "macro_f1")),
-        ("points over the best without pretraining, 95 %", differences, points),
+        ("points over the best without pretraining, 95 % over draws and runs", differences, points),
         ("minutes, with the pretraining", scores, lambda row: f"{row['minutes']:.1f}"),
     ):
         counts = sorted({row["labels"] for row in rows})

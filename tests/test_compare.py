@@ -114,6 +114,16 @@ def test_of_the_data_set_the_pixels_count_and_not_its_name(tmp_path):
     assert (first[:2], other[:2]) == (["a", "2"], ["c", "1"])
 
 
+def test_a_run_of_unknown_pixels_puts_no_others_together(tmp_path):
+    known = {"a": {}, "b": {"data": "aa"}, "c": {"data": "bb"}}
+    runs = [
+        simclr_run(tmp_path / name, seed, 0.5, 4.0, **more)
+        for seed, (name, more) in enumerate(known.items())
+    ]
+    _, first, other = compare.main(runs)
+    assert (first[:2], other[:2]) == (["a", "2"], ["c", "1"])
+
+
 def test_two_names_of_the_same_pixels_are_no_difference(tmp_path, capsys):
     for name, dataset, rate in (("a", "photos", 1), ("b", "/elsewhere/photos", 2)):
         simclr_run(tmp_path / name, 0, 0.5, 4.0, dataset=dataset, data="aa", learning_rate=rate)
@@ -228,6 +238,29 @@ def test_user_mistakes(tmp_path, spoil, message):
     with pytest.raises(errors.UserError, match=message):
         compare.main(runs)
     assert not Path("comparison.png").exists()
+
+
+def test_the_figure_shows_means_in_percent_and_training_images_dashed(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare.figures, "save_figure", lambda figure, path: drawn.append(figure))
+    runs = [rnn_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    rows = [{"cell": "gru", "epoch": 1, "train_accuracy": 0.5, "validation_accuracy": 0.35}]
+    runs.append(make_run(tmp_path / "2", rows, {}, script="rnn", cells="gru", seed=2))
+    compare.main([*runs, "--figure", "curves.png"])
+    (figure,) = drawn
+    _, panel = figure.axes
+    lines = {(line.get_label(), line.get_linestyle()): line.get_xydata() for line in panel.lines}
+    names = {name for name, _ in lines if not name.startswith("_")}
+    assert names == {"0 rnn", "0 gru"}
+    assert lines["0 rnn", "-"].tolist() == [[1, 25], [2, 25], [3, 25]]
+    (mean,) = lines["0 gru", "-"].tolist()  # of the epoch that all three have
+    assert mean == [1, pytest.approx((25 + 25 + 35) / 3)]
+    dashed = [xy for (_, style), xy in lines.items() if style == "--"]
+    assert dashed
+    assert all((xy[:, 1] == 50).all() for xy in dashed)
+    band = panel.collections[3].get_paths()[0].vertices[:, 1]  # gru's, on validation images
+    deviation = statistics.stdev([25, 25, 35])
+    assert (band.min(), band.max()) == pytest.approx((mean[1] - deviation, mean[1] + deviation))
 
 
 def test_one_run_is_not_enough_and_neither_is_the_same_twice(tmp_path, user_error):

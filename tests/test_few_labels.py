@@ -33,7 +33,9 @@ from support import (
     datasets,
     devices,
     encoders,
+    errors,
     files,
+    frozen,
     graphs,
     neighbours,
     pool,
@@ -257,6 +259,9 @@ def test_the_loss_of_fixmatch_is_that_of_a_naive_loop():
 def test_the_weak_view_is_a_flip_and_a_shift_of_an_eighth():
     image = torch.arange(1, 257).clamp(max=255).byte().view(1, 1, 16, 16)
     config = few_labels.Config()
+    still = dataclasses.replace(config, flip_probability=0.0)
+    views = classifiers.augment_weakly(image.expand(800, -1, -1, -1), still, seeded())
+    assert len(views.flatten(1).unique(dim=0)) == 25
     views = classifiers.augment_weakly(image.expand(800, -1, -1, -1), config, seeded())
     places = {}
     for turned in (image, image.flip(3)):
@@ -408,10 +413,12 @@ def test_each_training_has_its_settings(monkeypatch, method, count, epochs, rate
 def test_spreading_among_all_images_ends_with_the_test_images():
     near = graphs.Neighbourhood(small_graph(), None)
     chosen, labels = torch.tensor([3, 8, 20]), torch.tensor([0, 1, 2])
-    mine = given(labels=labels, chosen=chosen, near=near)
+    mine = given(labels=labels, chosen=chosen, near=near, config=few_labels.Config(alpha=0.5))
     test = datasets.Split(torch.zeros(12, 1, 8, 8), None)
     found = classifiers.spread_labels(dataclasses.replace(mine, test=test))
-    everyone = graphs.spread(near.graph, chosen.numpy(), np.eye(3), few_labels.Config().alpha)
+    everyone = graphs.spread(near.graph, chosen.numpy(), np.eye(3), 0.5)
+    other = graphs.spread(near.graph, chosen.numpy(), np.eye(3), few_labels.Config().alpha)
+    assert found.tolist() != other[28:].argmax(1).tolist()
     assert len(set(found.tolist())) > 1
     assert found.tolist() == everyone[28:].argmax(1).tolist()
 
@@ -503,6 +510,57 @@ def test_runs_that_differ_in_their_seed_are_one_line(finished):
     assert not any("simsiam/b" in row["name"] for row in rows)
 
 
+def test_differences_and_the_summary_are_of_the_trainings(finished):
+    _, summary, folder = finished
+    trainings = read(folder)
+
+    def accuracies(method, *starts):
+        found = [r for r in trainings if r["method"] == method and r["start"] in starts]
+        return np.array([float(row["accuracy"]) for row in found]).reshape(-1, len(starts))
+
+    both = accuracies("mean", "simsiam/a", "simsiam/b")  # (draws, runs)
+    name = "nearest mean, 2 runs of simsiam"
+    assert summary[f"accuracy of {name}"] == {"20": pytest.approx(both.mean())}
+    plain = [("scratch", "nothing"), ("tuned", "nothing"), ("fixmatch", "nothing")]
+    plain += [(method, "pixels") for method in ("mean", "linear", "spreading")]
+    rivals = {classifiers.METHODS[m].label: accuracies(m, start)[:, 0] for m, start in plain}
+    (row,) = [row for row in read(folder, "differences") if row["name"] == name]
+    rival = rivals[row["opponent"].removesuffix(", pixels")]
+    assert rival[:2].mean() == max(values[:2].mean() for values in rivals.values())
+    gap = (both.mean(1)[: len(rival)] - rival).mean()
+    assert float(row["difference"]) == pytest.approx(gap)
+    assert not any(row["name"].endswith(", pixels") for row in read(folder, "differences"))
+
+
+def test_a_diverging_training_is_named(tmp_path):
+    config = make_config(tmp_path, dataset="digits", methods="fixmatch", fixmatch_rate=1e6)
+    config = dataclasses.replace(config, steps=20)
+    with pytest.raises(errors.Diverged, match="fixmatch from nothing, 20 labels, draw 1: the loss"):
+        few_labels.main(config)
+
+
+def test_labels_that_there_are_not_are_told(tmp_path, capsys):
+    config = make_config(tmp_path, dataset="digits", methods="mean", labels="20,5000,all")
+    few_labels.main(config)
+    assert "--labels above 1,437 are left out" in capsys.readouterr().out
+    assert {row["labels"] for row in read(tmp_path / "few_labels" / "run")} == {"20", "1437"}
+
+
+def test_classes_without_test_images_have_no_score(tmp_path, monkeypatch):
+    digits = functions.load_images("digits")
+    some = digits.test.select((digits.test.labels < 9).nonzero()[:, 0])
+    monkeypatch.setattr(few_labels, "load_data", lambda _: dataclasses.replace(digits, test=some))
+    answers = some.labels.clone()
+    answers[(some.labels == 3).nonzero()[0]] = 9  # which nobody asked for
+    method = classifiers.METHODS["scratch"]._replace(predict=lambda _: answers)
+    monkeypatch.setitem(classifiers.METHODS, "scratch", method)
+    config = make_config(tmp_path, dataset="digits")
+    row = few_labels.Trainer(config, tmp_path)(scores.Task("scratch", "nothing", 20, 0))
+    threes = int((some.labels == 3).sum())
+    recall = (threes - 1) / threes
+    assert row["macro_f1"] == pytest.approx((8 + 2 * recall / (1 + recall)) / 9)
+
+
 def test_runs_that_were_evaluated_in_other_ways_are_one_group(pretrained, tmp_path):
     other = Path(shutil.copytree(pretrained["b"], tmp_path / "b"))
     record = json.loads((other / "config.json").read_text())
@@ -511,6 +569,11 @@ def test_runs_that_were_evaluated_in_other_ways_are_one_group(pretrained, tmp_pa
     groups = {name: start.group for name, start in starts.items() if start.folder}
     both, alone = "2 runs of simsiam", "simsiam/c"
     assert groups == {"simsiam/a": both, "simsiam/b": both, "simsiam/c": alone}
+    (other / "config.json").write_text(json.dumps(record | {"batch_size": 128}))
+    other.rename(tmp_path / "d")  # which differs from c in its seed
+    starts = few_labels.read_starts([*pretrained.values(), str(tmp_path / "d")])
+    groups = [start.group for start in starts.values() if start.folder]
+    assert groups == ["simsiam/a and 1 more"] * 2 + ["simsiam/c and 1 more"] * 2
 
 
 @pytest.mark.usefixtures("unrendered_pictures")
@@ -616,6 +679,18 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
     starts, data = few_labels.read_starts(config.runs), few_labels.load_data(config)
     tasks = [t for t in few_labels.list_tasks(config, starts, len(data.train)) if t.draw == 0]
     assert {task.method for task in tasks} == set(classifiers.METHODS)
+    finished = frozen.load_encoder(Path(pretrained["a"]), "cpu").network.state_dict()
+    weights = {}
+
+    def spy(method, mine):
+        if mine.encoder is not None:
+            weights[method] = copy.deepcopy(mine.encoder.state_dict())
+        return methods[method].predict(mine)
+
+    methods = dict(classifiers.METHODS)
+    for name, method in methods.items():
+        spied = method._replace(predict=functools.partial(spy, name))
+        monkeypatch.setitem(classifiers.METHODS, name, spied)
     chosen = datasets.draw_labels(data.train.labels, 20, (0, 0))
     hidden = (data.train.labels + 1) % 10
     hidden[chosen] = data.train.labels[chosen]
@@ -638,6 +713,10 @@ def test_no_other_label_changes_a_prediction(pretrained, tmp_path, monkeypatch, 
             trainer(task)
         found.append(predictions)
     assert found[0] == found[1]
+    for name, state in weights.items():  # from scratch, or from the run's
+        same = all(torch.equal(value, finished[key]) for key, value in state.items())
+        assert same == ("finetune" in name)
+    assert len(weights) == 5
 
 
 @pytest.mark.parametrize(
@@ -709,6 +788,7 @@ def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, us
     with user_error("--together"):
         few_labels.read_starts(runs[:1], together=True)
     config = make_config(tmp_path, runs=runs, dataset="digits", labels="20", methods="linear,fused")
+    config = dataclasses.replace(config, neighbours=3)
     few_labels.main(dataclasses.replace(config, together=True))
     rows = {
         (row["method"], row["start"]): float(row["accuracy"])
@@ -725,7 +805,7 @@ def test_runs_together_have_their_features_side_by_side(pretrained, tmp_path, us
     predictions = functions.logistic_regression(train[chosen], labels, test).argmax(1)
     assert rows["linear", "all 2 runs"] == functions.accuracy(predictions, data.test.labels)
     pairs = [(part["train"], part["test"]) for part in parts]
-    found = graphs.find_neighbourhood(pairs, config.neighbours, False)
+    found = graphs.find_neighbourhood(pairs, 3, False)
     found = {name: values.numpy() for name, values in found.items()}
     near = graphs.normalized_graph(found["near"], found["where"])
     marks = F.one_hot(labels, 10).double().numpy()
@@ -791,7 +871,10 @@ def test_differences_are_paired_with_students_interval():
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
     assert found["difference"] == pytest.approx(np.mean(mine) - np.mean(theirs))
     assert [mean["minutes"] for mean in means] == [1.5, 1.0, 1.0]
-    assert "| mine" in scores.make_tables(means, [found])
+    shown = {**found, "difference": -0.05, "low": -0.112, "high": 0.012}
+    _, _, third, minutes = scores.make_tables(means, [shown]).split("\n\n")
+    assert "| -5.0 [-11.2, +1.2] " in third
+    assert minutes.splitlines()[2].replace(" ", "") == "|mine|1.5|"
 
 
 def test_several_runs_of_a_name_are_averaged_within_each_draw():
@@ -803,7 +886,13 @@ def test_several_runs_of_a_name_are_averaged_within_each_draw():
     (found,) = scores.find_differences(rows, frozenset({"theirs"}))
     mine = np.mean([values["a"], values["b"]], 0)
     low, high = stats.ttest_rel(mine, values["theirs"]).confidence_interval(0.95)
-    assert (found["low"], found["high"], found["draws"]) == pytest.approx((low, high, 3))
+    means = [np.mean(values["a"]), np.mean(values["b"])]  # other seeds would bring others
+    least, most = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    half = np.hypot((high - low) / 2, (most - least) / 2)
+    difference = np.mean(mine) - np.mean(values["theirs"])
+    expected = (difference, difference - half, difference + half)
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx(expected)
+    assert found["draws"] == 3
     first, _ = scores.summarize(rows, {"a": 60.0, "b": 120.0})
     everything = [*values["a"], *values["b"]]
     assert first["accuracy_sd"] == first["macro_f1_sd"] == pytest.approx(np.std(everything, ddof=1))

@@ -318,6 +318,19 @@ def test_few_labels_together_are_what_was_measured(data, heading, counts):
     }
 
 
+def test_the_differences_of_few_labels_are_what_was_measured():
+    known = set()
+    for path in (ROOT / "docs/results/few-labels").glob("*-differences.csv"):
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["low"]]
+        values = [[100 * float(row[key]) for key in ("difference", "low", "high")] for row in rows]
+        known |= {"{:.1f} [{:.1f}, {:.1f}]".format(*value) for value in values}
+    text = (ROOT / "docs/few_labels.md").read_text().replace("points [", "[")
+    said = re.findall(r"\d+\.\d \[.*?\]", " ".join(text.split()))
+    assert len(said) >= 10
+    assert set(said) <= known
+
+
 @pytest.mark.parametrize(
     ("name", "heading"),
     [
