@@ -247,7 +247,7 @@ def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Augment float images `(B, C, H, W)` in [0, 1], each with its own parameters.
 
     `original` is what the public version of this experiment meant to do; `standard` mirrors and
-    shifts by up to a sixteenth of the side (two pixels of 32).
+    shifts by up to a sixteenth of the side (two pixels of 32), at least by one.
     """
     if kind == "original":
         images = augment.random_horizontal_flip(images, 0.5, generator)

@@ -42,7 +42,7 @@ class SweepConfig(settings.RunConfig):
     """The settings every sweep has."""
 
     trials: int = setting(100, "sweep", "finished trials to reach, counting those on disk")
-    max_epochs: int = setting(10, "sweep", "epochs of the longest trials")
+    max_epochs: int = setting(10, "sweep", "at most so many epochs in a trial")
     timeout: float | None = setting(None, "sweep", "minutes after which no trial is started")
     storage: str | None = setting(
         None, "sweep", "URL of a database that several machines share (default: a file)"
@@ -71,6 +71,10 @@ class SweepConfig(settings.RunConfig):
                 url.get_backend_name() != "sqlite" or not in_memory,
                 f"--storage {self.storage} ends with the process: name a file, sqlite:///FILE",
             )
+
+    def unread(self) -> dict[str, str]:
+        """As `RunConfig.unread`."""
+        return super().unread() | ({} if self.storage else {"study": "--storage"})
 
     def shared_settings(self) -> dict[str, Any]:
         """The settings that every script has, as a trial takes them over: data, device and so on.

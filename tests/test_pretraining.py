@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms.v2 import functional as reference
 
 import functions
 from support import (
@@ -179,6 +180,22 @@ def test_compiled_views_equal_eager_ones(channels):
     compiled = torch.compile(pretraining.apply_views, backend="aot_eager", fullgraph=True)
     expected = pretraining.apply_views(images, drawn, 6)
     torch.testing.assert_close(compiled(images, drawn, 6), expected, rtol=0, atol=1e-5)
+
+
+def test_views_are_torchvisions_ops_in_simclrs_order():
+    half = {f"{name}_probability": 0.5 for name in ("jitter", "grayscale", "blur")}
+    images = noise(64, 20)
+    drawn = pretraining.draw_views(images, Config(**half, jitter=(0.8, 0.8, 0.8, 0.2)), seeded())
+    for i, view in enumerate(pretraining.apply_views(images, drawn, 30)):
+        one = {name: value[i].tolist() for name, value in drawn.items()}
+        box = map(int, one["boxes"])
+        x = reference.resized_crop(images[i] / 255, *box, [30, 30], antialias=False)
+        x = reference.horizontal_flip(x) if one["mirrored"] else x
+        for name in ("brightness", "contrast", "saturation", "hue") if one["jittered"] else ():
+            x = getattr(reference, f"adjust_{name}")(x, one[name])
+        x = reference.rgb_to_grayscale(x, 3) if one["greyed"] else x
+        x = reference.gaussian_blur(x, [3, 3], [one["sigma"]] * 2) if one["blurred"] else x
+        torch.testing.assert_close(view, x, rtol=0, atol=1e-4)
 
 
 def test_crop_only_leaves_the_colours():
@@ -421,6 +438,63 @@ def test_the_rate_rises_in_the_warm_up_and_then_follows_the_schedule(tmp_path, s
     assert rates == pytest.approx([2 / 3, 4 / 3, 2.0, *expected])
 
 
+def test_the_verdict_is_told_what_the_run_is(tmp_path, monkeypatch):
+    told, one = [], noise(8).float()
+    monkeypatch.setattr(
+        verdict, "judge", lambda *given: told.append((dict(given[0][-1]), *given)) or "good"
+    )
+    config, method = make_config(tmp_path, epochs=3, warmup_epochs=1), verdict.Method(passes=2)
+    model = Model(config, 3, 8)
+    model.norm = nn.BatchNorm1d(4)
+    training = make_training(tmp_path, model, config, method=method)
+    for epoch in training.epochs():
+        for step, _, _ in training.batches(epoch):
+            other = one.flip(3) if step == 5 else noise(8, seed=9).float()  # the mirror image last
+            training.record(torch.tensor(float(step)), torch.rand(16, 4), torch.cat([one, other]))
+        model.norm.train(epoch != 1)
+        if epoch == 2:
+            model.norm.images = 3  # as MoCo's parts of a batch
+    # Of 28 labels ten are the commonest, and the monitor has five queries.
+    luck = 10 / 28 + 3 * math.sqrt(10 / 28 * 18 / 28 / 5)
+    about = verdict.Circumstances(3, 1, embeddings=16, size=4, normalised=8, knn_chance=luck)
+    frozen = dataclasses.replace(about, frozen=True)
+    parts = dataclasses.replace(about, normalised=3)
+    assert [given[3] for given in told] == [about, frozen, parts]
+    assert [len(given[1]) for given in told] == [1, 2, 3]
+    assert all(given[2] is method for given in told)
+    assert [given[0]["last_loss"] for given in told] == [2, 5, 8]
+    seen = [row["view_correlation"] for row in training.history]
+    assert seen[1] == pytest.approx(1)
+    assert max(seen[0], seen[2]) < 0.5
+
+
+@pytest.mark.parametrize(("synchronised", "images"), [(False, 16), (True, 32)])
+def test_synchronised_statistics_are_those_of_all_processes(
+    tmp_path, monkeypatch, synchronised, images
+):
+    told = []
+    monkeypatch.setattr(verdict, "judge", lambda *given: told.append(given[2]) or "good")
+    config = make_config(tmp_path, epochs=1)
+    model = Model(config, 3, 8)
+    if synchronised:
+        model.norm = nn.SyncBatchNorm(4)
+    training = make_training(tmp_path, model, config)
+    monkeypatch.setattr(training.share, "gather", lambda z: torch.cat([z, z]))  # of two
+    for epoch in training.epochs():
+        for _ in training.batches(epoch):
+            training.record(torch.tensor(1.0), torch.rand(16, 4))
+    assert [about.normalised for about in told] == [images]
+
+
+def test_the_gradient_norm_is_that_of_the_last_step(tmp_path):
+    config = make_config(tmp_path, epochs=1)
+    model = Model(config, 3, 8)
+    fabric = devices.make_fabric("cpu", "float32")
+    (row,) = pretrain(model, make_data(), config, runs.Run(tmp_path), fabric)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    assert row["gradient_norm"] == pytest.approx(gradient.square().sum().sqrt().item(), rel=1e-5)
+
+
 def test_an_epoch_becomes_a_row(tmp_path):
     monitor, logged, last_z = Monitor(), [], []
     training = make_training(
@@ -657,16 +731,18 @@ def test_a_killed_run_repeats_an_uninterrupted_one(tmp_path, monkeypatch, whole,
         else:
             stop_at(checkpoints, "save_weights", 1)
         with pytest.raises(KeyboardInterrupt) as caught:
-            do_experiment(make_config(tmp_path))
+            do_experiment(make_config(tmp_path, keep_every=1))
     folder = tmp_path / "tiny" / "run"
     assert f"--resume {folder}" in caught.value.__notes__[0]
     assert not (folder / "summary.json").exists()
-    do_experiment(make_config(tmp_path, resume=str(folder)))
+    do_experiment(make_config(tmp_path, resume=str(folder), keep_every=1))
     assert_same_state(state_of(folder), state_of(whole))
     assert metrics(folder) == metrics(whole)
     weights = "encoder.safetensors"
     assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
-    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    kept = {"checkpoints", "epoch1.pt", "epoch2.pt", "epoch3.pt"}
+    names = {path.name for path in whole.iterdir()} | kept
+    assert {path.name for path in folder.rglob("*")} == names
 
 
 def test_a_seed_decides_the_run(tmp_path, monkeypatch, whole):

@@ -277,17 +277,27 @@ def test_rows_are_red_then_green_then_blue():
             assert rows[i, r].tolist() == expected
 
 
-def test_standard_augmentation_mirrors_and_shifts_each_image():
-    image = torch.rand(3, 32, 32) + 1
+@pytest.mark.parametrize(("side", "most"), [(32, 2), (8, 1)])  # a sixteenth, at least one pixel
+def test_standard_augmentation_mirrors_and_shifts_each_image(side, most):
+    image = torch.rand(3, side, side) + 1
     views = rnn.augmented(image.repeat(300, 1, 1, 1), "standard", torch.Generator().manual_seed(0))
     possible = {}
-    for mirrored in (False, True):  # by up to two pixels, a sixteenth of the side
-        padded = F.pad(image.flip(2) if mirrored else image, (2, 2, 2, 2))
-        for y in range(5):
-            for x in range(5):
-                possible[padded[:, y : y + 32, x : x + 32].numpy().tobytes()] = (mirrored, y, x)
+    for mirrored in (False, True):
+        padded = F.pad(image.flip(2) if mirrored else image, (most,) * 4)
+        for y in range(2 * most + 1):
+            for x in range(2 * most + 1):
+                possible[padded[:, y : y + side, x : x + side].numpy().tobytes()] = (mirrored, y, x)
     found = {possible[view.numpy().tobytes()] for view in views}
-    assert len(found) > 45  # of 50
+    assert len(found) > 0.9 * len(possible)
+
+
+def test_order_and_views_of_an_epoch_are_from_streams_of_their_own(tmp_path):
+    split = datasets.ImageData("noise", (), colour_split(64, 0), None).with_statistics().train
+    rows, _ = next(iter(rnn.Batches(split, small_config(tmp_path, batch_size=16), 3)))
+    index = torch.randperm(64, generator=devices.epoch_generator(0, 3))[:16]
+    images, stream = split.images[index] / 255, devices.epoch_generator(0, 3, stream=1)
+    expected = split.normalize(rnn.augmented(images, "standard", stream))
+    assert torch.equal(rows, rnn.rows_from_images(expected))
 
 
 def test_original_augmentation_flips_both_ways_rotates_and_jitters(monkeypatch):

@@ -357,3 +357,18 @@ def test_a_task_of_a_slurm_job_is_a_worker_of_its_own(tmp_path, tiny, monkeypatc
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert tune.main(small_config(tmp_path, trials=1))["trials"] == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"cell": "gru"}, {"max_epochs": 2}, {"augmentation": "none"}, {"seed": 1}]
+)
+def test_other_trials_have_no_place_in_a_shared_study(tmp_path, tiny, user_error, change):
+    config = small_config(tmp_path, trials=1, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    tune.main(config)
+    with user_error(f"has {next(iter(change))} "):
+        tune.main(dataclasses.replace(config, name="other", **change))
+
+
+def test_a_study_needs_a_storage(user_error):
+    with user_error("--study has no effect without --storage"):
+        settings.parse_config(tune.Config, ["--study", "mine"], "")

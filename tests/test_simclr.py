@@ -39,6 +39,7 @@ from support import (
     runs,
     settings,
     supervised,
+    verdict,
 )
 
 REPOSITORY = Path(simclr.__file__).resolve().parent
@@ -223,6 +224,8 @@ def test_training_equals_algorithm_1(
     means = np.reshape(losses, (4, 3)).mean(1).tolist()
     assert [row["loss"] for row in history] == pytest.approx(means, rel=1e-6)  # kept in float32
     assert history[0]["loss"] != pytest.approx(history[-1]["loss"], rel=0.01)
+    seen = verdict.view_correlation(*x.chunk(views)[:2])
+    assert history[-1]["view_correlation"] == pytest.approx(seen)
     torch.testing.assert_close(model.state_dict(), naive.state_dict(), rtol=1e-8, atol=1e-8)
 
 

@@ -118,6 +118,16 @@ def test_the_best_third_of_each_rung_goes_on_and_the_best_three_are_confirmed(tm
 
 
 @pytest.mark.usefixtures("in_memory")
+def test_half_of_the_time_is_left_to_confirm(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sweep.Sweep, "time_spent", lambda self: 0.6 if self.count_finished() >= 12 else 0.1
+    )
+    _, trials = run_search(tmp_path, 40, lambda p: p["temperature"], max_epochs=2)
+    seeds = [t.params["seed"] for t in trials]
+    assert (set(seeds[:12]), sorted(seeds[12:18])) == ({0}, [1, 1, 1, 2, 2, 2])
+
+
+@pytest.mark.usefixtures("in_memory")
 def test_the_winner_has_the_best_mean_of_those_confirmed(tmp_path):
     def lucky(p):  # The best of the search owes it to the seed.
         return p["temperature"] - 0.5 * (p["temperature"] > 0.8 and p["seed"] > 0)
@@ -276,6 +286,16 @@ def test_alpha_req_finds_the_exponent(alpha):
     q = torch.linalg.qr(q - q.mean(0))[0]  # centred, orthogonal
     features = q * torch.arange(1, 65, dtype=torch.float64).pow(-alpha / 2)
     assert label_free.alpha_req(features + 3) == pytest.approx(alpha, abs=1e-6)
+
+
+def test_alpha_req_looks_at_the_third_to_the_hundredth():
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(400, 150, dtype=torch.float64))[0]
+    q = torch.linalg.qr(q - q.mean(0))[0]
+    values = torch.arange(1, 151, dtype=torch.float64).pow(-1.5)
+    values[:2], values[100:], values[50:100] = 9, 1e-6, values[50:100] / 4
+    x, y = np.log(np.arange(3, 101)), values[2:100].log().numpy()
+    assert label_free.alpha_req(q * values.sqrt()) == pytest.approx(-np.polyfit(x, y, 1)[0])
 
 
 def test_the_scores_are_of_the_encoders_features_and_the_probes_of_held_out_images():

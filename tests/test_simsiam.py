@@ -25,7 +25,7 @@ from torch import nn
 
 import functions
 import simsiam
-from support import devices, pretraining, randaugment, settings
+from support import devices, pretraining, randaugment, settings, verdict
 
 ARTIFACTS = (
     "config.json metrics.csv checkpoint.pt encoder.safetensors summary.json loss.png views.png "
@@ -286,6 +286,8 @@ def test_training_equals_algorithm_1(tmp_path, monkeypatch, fabric, head, schedu
     assert history[-1]["learning_rate"] == pytest.approx(rate)
     spread = functions.embedding_std(torch.cat([z1, z2]).detach())  # of z, not of p
     assert history[-1]["embedding_std"] == pytest.approx(spread, rel=1e-6)
+    seen = verdict.view_correlation(x1, x2)
+    assert history[-1]["view_correlation"] == pytest.approx(seen)
     torch.testing.assert_close(model.state_dict(), naive.state_dict(), rtol=1e-8, atol=1e-8)
 
 

@@ -222,6 +222,25 @@ def test_a_temperature_is_too_low_where_a_softmax_of_random_embeddings_freezes(s
         assert verdict.judge(history, method, about) == expected
 
 
+@pytest.mark.parametrize(("accuracies", "expected"), [((0.5, 0.1), "labels"), ((0.1, 0.5), "good")])
+def test_the_last_knn_check_counts(accuracies, expected):
+    history = [row(epoch, knn_held_out=a) for epoch, a in enumerate(accuracies, 4)]
+    assert verdict.judge([*history, row(6)], NT_XENT, ABOUT) == expected
+
+
+def test_views_are_compared_in_grey_and_in_the_median():
+    images = normal(9, 3, 6, 6)
+    assert verdict.view_correlation(images, images.flip(1)) == pytest.approx(1)
+    most = torch.cat([images[:5], normal(4, 3, 6, 6).roll(1, 3)])
+    assert verdict.view_correlation(images, most) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("head", "passes"), [("original", 1), ("paper", 2)])
+def test_simsiam_says_how_many_passes_its_views_take(tmp_path, methods, head, passes):
+    method, views = methods(simsiam, digits(simsiam, tmp_path, head=head))
+    assert (method, views) == (verdict.Method(0.0, -1.0, passes=passes), 2)
+
+
 # ----------------------------------------------------------------------------------- whole runs
 
 

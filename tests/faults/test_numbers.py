@@ -93,7 +93,7 @@ TRAININGS = {
         module=rnn,
         stage="train",
         config=lambda folder: rnn.Config(output_dir=str(folder), **ROWS),
-        loss=(rnn, "training_loss"),
+        loss=(rnn, "loss_function"),
         calls=1,
         where=USUAL,
     ),
@@ -324,7 +324,7 @@ def sweep(tmp_path, monkeypatch):
     """Runs a small sweep of four trials whose step `step` has `fault`; returns trials.csv."""
     small = {"hidden_size": [8], "num_layers": [1], "batch_size": [256]}
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, **small})
-    training = SimpleNamespace(loss=(rnn, "training_loss"), calls=1)
+    training = SimpleNamespace(loss=(rnn, "loss_function"), calls=1)
     values = {"dataset": "digits", "cell": "gru", "trials": 4, "max_epochs": 2, "pruner": "none"}
     values |= {"device": "cpu", "name": "run"}
 

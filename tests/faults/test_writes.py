@@ -393,7 +393,7 @@ def test_no_temporary_folder_at_all(tmp_path, monkeypatch, images):
 
 def test_sweep_on_a_disk_that_fills_up(tmp_path, monkeypatch, user_error):
     monkeypatch.setattr(tune, "SPACE", {**tune.SPACE, "hidden_size": [8], "num_layers": [1]})
-    disk, training_loss = tmp_path / "disk", rnn.training_loss
+    disk, loss_function = tmp_path / "disk", rnn.loss_function
     folder, filler = disk / "rnn_hyperparameter_tune" / "run", disk / "filler"
     config = tune.Config(
         dataset="digits",
@@ -410,11 +410,11 @@ def test_sweep_on_a_disk_that_fills_up(tmp_path, monkeypatch, user_error):
         if not filler.exists():
             with contextlib.suppress(OSError):
                 filler.write_bytes(bytes(1_000_000))
-        return training_loss(*arguments)
+        return loss_function(*arguments)
 
     with tiny_disk(disk, 1_000_000) as enlarge:
         with monkeypatch.context() as patch:
-            patch.setattr(rnn, "training_loss", filling)
+            patch.setattr(rnn, "loss_function", filling)
             with user_error(disk):
                 tune.main(config)
         enlarge()
