@@ -38,7 +38,7 @@ An encoder, {architecture}, with {parameters:,} parameters, trained without labe
 ## Training
 
 - Data: {data}, {images:,} images, without their labels
-- Command: `{command}`
+{start}- Command: `{command}`
 - {epochs} in batches of {batch_size}: {time} on {hardware}, in {precision}
 - Code: commit {commit}, {versions}
 - Verdict: {verdict}
@@ -85,8 +85,9 @@ def write_card(folder: Path, config_class: Any, data: datasets.ImageData, encode
     """
     record = files.read_json(folder / "config.json")
     numbers = dict(report.number_rows(folder))
-    named = {"dataset": data.name, "weights": Path(record.get("weights") or "").name or None}
-    command = report.command_of({**record, **named, "download_url": None}, config_class)
+    start = Path(record.get("weights") or "").name or None
+    named = {"dataset": data.name, "weights": start, "download_url": None}
+    command = report.command_of({**record, **named}, config_class)
     versions = record.get("versions")
     packages = versions.items() if isinstance(versions, dict) else ()
     architecture = record["encoder"]
@@ -109,6 +110,9 @@ def write_card(folder: Path, config_class: Any, data: datasets.ImageData, encode
         side=side,
         features=encoder.num_features,
         data=data.name,
+        start=f"- Start: the weights in `{start}`, whose training is not counted\n"
+        if start
+        else "",
         images=len(data.train),
         command=shlex.join(command),
         epochs=f"{record['epochs']} epoch{'s' if record['epochs'] > 1 else ''}",

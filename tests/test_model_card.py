@@ -111,6 +111,8 @@ def test_a_card_does_not_say_where_the_images_and_weights_lie(digits, tmp_path):
     assert "- Data: my cells, 20 images, without their labels\n" in card.text
     assert "--dataset 'my cells'" in card.text
     assert "--weights start.safetensors" in card.text
+    assert "- Start: the weights in `start.safetensors`" in card.text
+    assert "- Start" not in digits.text
     assert "Images 3 x 8 x 8 become" in card.text
     assert card.evaluation == "Nothing was measured."  # there are no labels
 
