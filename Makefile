@@ -54,8 +54,8 @@ demo: $(INSTALLED)
 # More or fewer --epochs take another time; the recipe stays.
 cpu-hour: $(INSTALLED)
 	$(BIN)/python simclr.py --dataset $(or $(DATASET),cifar10) --width 32 --view-size 16,16,16,24 \
-		--epochs 54 --batch-size 256 --learning-rate 0.15 --warmup-epochs 2 --temperature 0.1 \
-		--knn-every 0
+		--epochs 64 --batch-size 256 --optimizer muon --learning-rate 0.01 --weight-decay 0.1 \
+		--warmup-epochs 2 --temperature 0.2 --knn-every 0
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

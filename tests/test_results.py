@@ -97,8 +97,27 @@ def test_the_results_table_says_what_was_measured(name, row):
 
 
 def test_the_hour_is_what_was_measured():
-    by_epochs = {str(len(runs[0].rows)): runs for runs in measured("simclr-cpu-hour")}
+    by_epochs = {len(runs[0].rows): runs for runs in measured("simclr-cpu-hour")}
     rows = table("docs/cpu_hour.md", "# An hour on two cores")
+    assert {int(row["`--epochs`"]) for row in rows} == set(by_epochs)
+    for row in rows:
+        runs = by_epochs[epochs := int(row["`--epochs`"])]
+        seeds, *scores, _, _ = shown(runs)
+        columns = ("linear probe", "kNN", "10 labels per class")
+        assert [row[name] for name in columns] == [f"{score} %" for score in scores]
+        assert row["seeds"] == seeds
+        small, large = (slice(epochs * 3 // 4), slice(epochs * 3 // 4, None))  # views of 16 and 24
+        seconds = [
+            sum(statistics.median(s) * len(s) for s in (all_of[small], all_of[large]))
+            for all_of in ([epoch["seconds"] for epoch in run.rows] for run in runs)
+        ]
+        assert row["one core"] == f"{statistics.mean(seconds) / 60:.0f} min"
+        assert row["two cores"] == f"{(epochs * (41 * 3 + 82) / 4 + 60) / 60:.0f} min"
+
+
+def test_the_hour_with_sgd_is_what_was_measured():
+    by_epochs = {str(len(runs[0].rows)): runs for runs in measured("simclr-hour-sgd")}
+    rows = table("docs/cpu_hour.md", "## With SGD")
     assert {row["`--epochs`"] for row in rows} == set(by_epochs)
     for row in rows:
         seeds, *scores, _, minutes = shown(by_epochs[row["`--epochs`"]])
@@ -110,7 +129,7 @@ def test_the_hour_is_what_was_measured():
 
 def test_the_hour_with_muon_is_what_was_measured():
     text = " ".join((ROOT / "docs/cpu_hour.md").read_text().split())
-    ((seeds, linear, near, few, *_),) = [shown(runs) for runs in measured("simclr-muon-hour")]
+    ((seeds, linear, near, few, *_),) = [shown(runs) for runs in measured("simclr-hour-rate-0.04")]
     assert seeds == "2"
     assert f"{linear} % in the linear probe, {near} % by kNN and {few} % from 10 labels" in text
     with (ROOT / "docs/results/pilots/simclr-scores.csv").open(newline="") as file:
@@ -494,7 +513,7 @@ def test_a_setting_that_a_result_lacks_is_what_the_script_did_before():
 
 @pytest.mark.parametrize(
     ("target", "result"),
-    [("demo", "simclr-digits/config"), ("cpu-hour", "simclr-cpu-hour/config")],
+    [("demo", "simclr-digits/config"), ("cpu-hour", "simclr-cpu-hour/hour-seed0/config")],
 )
 def test_a_target_of_make_has_the_settings_of_its_result(target, result):
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
