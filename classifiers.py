@@ -156,8 +156,7 @@ def train_encoder(given: Given, rate: float, decay: float = 0.01, augmented: boo
     def prepare(batch: Tensor, generator: torch.Generator) -> Tensor:
         if augmented:
             scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
-            batch = datasets.to_float(batch)
-            batch = augment.random_resized_crop(batch, scale=scale, flip=flip, generator=generator)
+            batch = augment.random_resized_crop(datasets.to_float(batch), scale, flip, generator)
         return split.normalize_for_encoder(batch)
 
     classifier = add_linear_layer(given)
@@ -182,7 +181,7 @@ def train(
 ) -> None:
     """AdamW, cosine, batches of 256, for `--steps` steps rounded up to whole epochs."""
     optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=decay, fused=True)
-    epochs = math.ceil(given.config.steps / (len(inputs) // min(256, len(inputs))))
+    epochs = math.ceil(given.config.steps / (len(inputs) // min(supervised.BATCH, len(inputs))))
     for _ in supervised.train_classifier(
         classifier, optimizer, inputs, given.labels, prepare, epochs, given.seed, given.fabric
     ):

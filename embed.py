@@ -187,8 +187,7 @@ def write_map(
         names=mine.names[mapped.numpy()],
         neighbours=nearest,
         labels=None if labels is None else labels[mapped].numpy(),
-        classes=names or ("images",),
-        colors=figures.class_colors(len(names)) or [figures.TRAIN_COLOR],
+        classes=names,
         predictions=None,
         title=title,
     )

@@ -22,7 +22,6 @@ from support import (
     datasets,
     devices,
     experiment,
-    figures,
     files,
     frozen,
     page,
@@ -138,8 +137,7 @@ def write_map_page(
         names=split.paths,
         neighbours=page.nearest(features),
         labels=labels,
-        classes=data.classes or ("images",),
-        colors=figures.class_colors(len(data.classes)) or [figures.TRAIN_COLOR],
+        classes=data.classes,
         predictions=predictions,
         title=title,
     )

@@ -16,7 +16,7 @@ from common import in_turns, report
 from torch import Tensor
 
 import functions
-from support import augment, datasets, devices
+from support import datasets, devices, pretraining
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 COUNT = 512
@@ -26,16 +26,14 @@ def ours(images: Tensor) -> Callable[[], Tensor]:
     """Batched ops, parameters drawn per sample."""
     generator = torch.Generator().manual_seed(0)
     split = datasets.Split(images, None, mean=torch.tensor(MEAN), std=torch.tensor(STD))
-
-    def run() -> Tensor:
-        views = datasets.to_float(images)
-        views = augment.random_resized_crop(views, flip=0.5, generator=generator)
-        views = augment.color_jitter(views, 0.8, 0.8, 0.8, 0.2, generator=generator)
-        views = augment.random_grayscale(views, 0.2, generator)
-        views = augment.gaussian_blur(views, 3, (0.1, 2.0), generator=generator)
-        return split.normalize(views)
-
-    return run
+    config = pretraining.PretrainingConfig(
+        crop_scale_min=0.08,
+        jitter=(0.8, 0.8, 0.8, 0.2),
+        jitter_probability=1.0,
+        grayscale_probability=0.2,
+        blur_probability=1.0,
+    )
+    return lambda: split.normalize(pretraining.crop_views(images, config, generator))
 
 
 def pil_transform() -> Callable[[Any], Tensor]:

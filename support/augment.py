@@ -126,32 +126,23 @@ def resized_crop(
 
 
 def draw_resized_crop(
-    images: Tensor,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.0,
-    generator: Generator | None = None,
+    images: Tensor, scale: tuple[float, float], flip: float, generator: Generator | None
 ) -> Draws:
     """`boxes` `(B, 4)`, and `mirrored` `(B,)` with probability `flip`."""
-    boxes = draw_crop_boxes(images, scale, ratio, generator)
+    boxes = draw_crop_boxes(images, scale, generator=generator)
     return {"boxes": boxes, "mirrored": _chosen(images, flip, generator)}
 
 
 def random_resized_crop(
-    images: Tensor,
-    size: int | tuple[int, int] | None = None,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.0,
-    generator: Generator | None = None,
+    images: Tensor, scale: tuple[float, float], flip: float, generator: Generator | None
 ) -> Tensor:
-    """A random box of each image, resized to `size` (default: the images' own).
+    """A random box of each image, resized to the images' own size.
 
     It is mirrored with probability `flip`, as `random_horizontal_flip` would do in a second pass.
     """
     height, width = images.shape[2:]
-    drawn = draw_resized_crop(images, scale, ratio, flip, generator)
-    return resized_crop(images, drawn["boxes"], size or (height, width), drawn["mirrored"])
+    drawn = draw_resized_crop(images, scale, flip, generator)
+    return resized_crop(images, drawn["boxes"], (height, width), drawn["mirrored"])
 
 
 def random_horizontal_flip(
@@ -284,11 +275,6 @@ def apply_grayscale(images: Tensor, drawn: Draws) -> Tensor:
     return _where("greyed", drawn, grayscale(images), images)
 
 
-def random_grayscale(images: Tensor, p: float = 0.1, generator: Generator | None = None) -> Tensor:
-    """Replace each image by its luma in all channels with probability `p`."""
-    return apply_grayscale(images, draw_grayscale(images, p, generator))
-
-
 def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     """Gaussian blur with reflected borders; `sigma` `(B,)` in pixels, `kernel_size` odd."""
     radius = kernel_size // 2
@@ -315,18 +301,6 @@ def draw_gaussian_blur(
 def apply_gaussian_blur(images: Tensor, drawn: Draws, kernel_size: int = 3) -> Tensor:
     """Blur the images that are `blurred`, each with its `sigma`."""
     return _where("blurred", drawn, blur(images, drawn["sigma"], kernel_size), images)
-
-
-def gaussian_blur(
-    images: Tensor,
-    kernel_size: int = 3,
-    sigma: tuple[float, float] = (0.1, 2.0),
-    p: float = 1.0,
-    generator: Generator | None = None,
-) -> Tensor:
-    """Blur each image with probability `p` and its own sigma, uniform in the range `sigma`."""
-    drawn = draw_gaussian_blur(images, sigma, p, generator)
-    return apply_gaussian_blur(images, drawn, kernel_size)
 
 
 def random_rotation(images: Tensor, degrees: float, generator: Generator) -> Tensor:

@@ -115,10 +115,8 @@ class Muon(torch.optim.AdamW):
             weight.grad = gradient
         return loss
 
-    def _step_matrix(
-        self, weight: Tensor, rate: float, decay: float, momentum: float = 0.95
-    ) -> None:
-        state = self.state[weight]
+    def _step_matrix(self, weight: Tensor, rate: float, decay: float) -> None:
+        state, momentum = self.state[weight], 0.95
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
             state["step"] = torch.zeros(())  # AdamW looks for it in all states that it loads

@@ -14,14 +14,13 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support import datasets, files, neighbours
+from support import datasets, figures, files, neighbours
 
 TILE = 32  # pixels; larger images are scaled down, so that 10,000 fit into a few megabytes
 PAGE = """<!doctype html>
@@ -144,7 +143,6 @@ def write_page(
     neighbours: Tensor,
     labels: np.ndarray | None,
     classes: Sequence[str],
-    colors: Sequence[Any],
     predictions: np.ndarray | None,
     title: str,
 ) -> None:
@@ -157,17 +155,17 @@ def write_page(
         names: `(N,)`, of their files, or None.
         neighbours: `(N, k)`, the positions of those that each image is shown with.
         labels: `(N,)`, or None.
-        classes: their names; without labels one name for all images.
-        colors: of the classes, in any spelling of matplotlib's.
+        classes: their names, none without labels.
         predictions: `(N,)`, the linear probe's, or None.
         title: of the page.
     """
     import matplotlib.colors
     from plotly.offline import get_plotlyjs
 
+    colors = figures.class_colors(len(classes)) or [figures.TRAIN_COLOR]
     tiles, columns = sprite(images)
     data = {
-        "classes": list(classes),
+        "classes": list(classes) or ["images"],
         "colors": [matplotlib.colors.to_hex(color) for color in colors],
         "points": np.round(coordinates.astype(float), 3).tolist(),
         "names": None if names is None else names.tolist(),

@@ -224,7 +224,7 @@ def draw_views(
 ) -> augment.Draws:
     """The random numbers of `crop_views`, a tensor of B rows for each."""
     scale, flip = (config.crop_scale_min, 1.0), config.flip_probability
-    drawn = augment.draw_resized_crop(images, scale, flip=flip, generator=generator)
+    drawn = augment.draw_resized_crop(images, scale, flip, generator)
     if crop_only:
         return drawn
     p = config.jitter_probability

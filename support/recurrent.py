@@ -131,8 +131,6 @@ def _forward(
             last.append(states[-1])
             directions.append(states.flip(0) if suffix else states)
         outputs = torch.cat(directions, 2) if module.bidirectional else states
-        if module.training and module.dropout and layer + 1 < module.num_layers:
-            outputs = F.dropout(outputs, module.dropout)
     return outputs.transpose(0, 1), torch.stack(last)
 
 
@@ -156,7 +154,7 @@ def _by_hand(rows: Tensor) -> bool:
 
 
 class RNN(nn.RNN):
-    """`nn.RNN(batch_first=True)` with tanh, without a first state."""
+    """`nn.RNN(batch_first=True)` with tanh, without a first state and dropout."""
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Outputs `(B, T, H)` and last states `(layers, B, H)` of `(B, T, I)`."""
@@ -164,7 +162,7 @@ class RNN(nn.RNN):
 
 
 class GRU(nn.GRU):
-    """`nn.GRU(batch_first=True)`, without a first state."""
+    """`nn.GRU(batch_first=True)`, without a first state and dropout."""
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Outputs `(B, T, H)` and last states `(layers, B, H)` of `(B, T, I)`."""

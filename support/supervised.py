@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from support import checkpoints, devices, progress
 
+BATCH = 256  # images per step, or all if there are fewer; a smaller last batch is left out
+
 
 def train_classifier(
     classifier: nn.Module,
@@ -22,7 +24,6 @@ def train_classifier(
     seed: int,
     fabric: Any,
     start: int = 0,
-    batch_size: int = 256,
 ) -> Iterator[dict[str, Any]]:
     """Cross-entropy on `inputs[index]` after `prepare`, cosine from the optimizer's first rate.
 
@@ -36,7 +37,6 @@ def train_classifier(
         seed: of order and augmentation.
         fabric: Lightning Fabric.
         start: epochs that are done, when the training goes on.
-        batch_size: capped at N; a smaller last batch is left out.
 
     Yields:
         `epoch`, `train_loss` and `train_accuracy` in [0, 1] after each epoch.
@@ -45,7 +45,7 @@ def train_classifier(
         Diverged: a loss is not finite, or after the last epoch a weight.
     """
     wrapped, wrapped_optimizer = fabric.setup(classifier, optimizer)
-    peak, batch = optimizer.defaults["lr"], min(batch_size, len(inputs))
+    peak, batch = optimizer.defaults["lr"], min(BATCH, len(inputs))
     steps = len(inputs) // batch
     for epoch in range(start, epochs):
         device = inputs.device

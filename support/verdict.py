@@ -213,19 +213,19 @@ def measure(z: Tensor, views: int, pixels: Tensor | None) -> dict[str, float]:
     return row
 
 
-def uniformity(z: Tensor, most: int = 2048) -> float:
+def uniformity(z: Tensor) -> float:
     """Log of the mean Gaussian potential of pairs (Wang & Isola 2020, section 4.1.2, t = 2).
 
-    Of normalised embeddings `(B, D)` of different images, the first `most` of them: 0 when all are
+    Of normalised embeddings `(B, D)` of different images, the first 2,048 of them: 0 when all are
     equal, near -4 on a sphere of many dimensions.
     """
-    z = z[:most]
+    z = z[:2048]
     if z.device.type == "mps":  # PyTorch has no pdist for Apple's GPUs
         z = z.cpu()
     return F.pdist(z).square().mul(-2).exp().mean().log().item()
 
 
-def view_correlation(one: Tensor, two: Tensor, most: int = 512) -> float:
+def view_correlation(one: Tensor, two: Tensor) -> float:
     """Correlation in [-1, 1] of an image's two views `(b, C, H, W)`, pixel by pixel, in the median.
 
     Mirrored if that is more. It is 1 when one is a linear change of the other's brightness, and of
@@ -233,7 +233,7 @@ def view_correlation(one: Tensor, two: Tensor, most: int = 512) -> float:
     """
     flat = []
     for view in (one, two, two.flip(3)):
-        view = view[:most].float().mean(1).flatten(1)  # (b, H W), grey
+        view = view[:512].float().mean(1).flatten(1)  # (b, H W), grey
         flat.append(view - view.mean(1, keepdim=True))
     first, *seconds = flat
     best = torch.stack([F.cosine_similarity(first, second) for second in seconds]).amax(0)  # (b,)

@@ -17,19 +17,21 @@ from support import augment
 # those of SimCLR; blur gets a sigma that changes every image visibly.
 CHANCE = {
     "flip": lambda p, images, g: augment.random_horizontal_flip(images, p, g),
-    "flip in crop": lambda p, images, g: augment.random_resized_crop(
-        images, None, (1, 1), (1, 1), p, g
-    ),
+    "flip in crop": lambda p, images, g: augment.random_resized_crop(images, (1, 1), p, g),
     "brightness": lambda p, images, g: augment.color_jitter(images, 0.4, p=p, generator=g),
     "contrast": lambda p, images, g: augment.color_jitter(images, 0, 0.4, p=p, generator=g),
     "saturation": lambda p, images, g: augment.color_jitter(images, 0, 0, 0.4, p=p, generator=g),
     "hue": lambda p, images, g: augment.color_jitter(images, 0, 0, 0, 0.1, p=p, generator=g),
     "jitter": lambda p, images, g: augment.color_jitter(images, 0.4, 0.4, 0.4, 0.1, p, g),
-    "grayscale": lambda p, images, g: augment.random_grayscale(images, p, g),
-    "blur": lambda p, images, g: augment.gaussian_blur(images, 3, (0.5, 2.0), p, g),
+    "grayscale": lambda p, images, g: augment.apply_grayscale(
+        images, augment.draw_grayscale(images, p, g)
+    ),
+    "blur": lambda p, images, g: augment.apply_gaussian_blur(
+        images, augment.draw_gaussian_blur(images, (0.5, 2.0), p, g)
+    ),
 }
 RANDOM = {
-    "crop": lambda images, g: augment.random_resized_crop(images, scale=(0.2, 1), generator=g),
+    "crop": lambda images, g: augment.random_resized_crop(images, (0.2, 1), 0.0, g),
     **{
         name: partial(op, 0.5 if "flip" in name or name == "grayscale" else 1.0)
         for name, op in CHANCE.items()
@@ -154,10 +156,10 @@ def test_resized_crop_reads_nothing_outside_its_box(height, width):
 def test_flip_and_grayscale_equal_torchvision_where_they_apply():
     images = noise(64, 3, 5, 7)
     for op, expected in (
-        (augment.random_horizontal_flip, reference.horizontal_flip(images)),
-        (augment.random_grayscale, reference.rgb_to_grayscale(images, 3)),
+        (CHANCE["flip"], reference.horizontal_flip(images)),
+        (CHANCE["grayscale"], reference.rgb_to_grayscale(images, 3)),
     ):
-        result = op(images, 0.5, seeded())
+        result = op(0.5, images, seeded())
         changed = (result != images).flatten(1).any(1)
         assert 10 < changed.sum() < 54
         torch.testing.assert_close(result[changed], expected[changed], rtol=0, atol=1e-5)
@@ -165,8 +167,8 @@ def test_flip_and_grayscale_equal_torchvision_where_they_apply():
 
 def test_a_mirrored_crop_is_the_crop_mirrored_by_torchvision():
     images = noise(64, 3, 9, 14)
-    plain = augment.random_resized_crop(images, (7, 11), generator=seeded())
-    result = augment.random_resized_crop(images, (7, 11), flip=0.5, generator=seeded())
+    plain = augment.random_resized_crop(images, (0.08, 1), 0.0, seeded())
+    result = augment.random_resized_crop(images, (0.08, 1), 0.5, seeded())
     mirrored = (result != plain).flatten(1).any(1)
     assert 10 < mirrored.sum() < 54
     torch.testing.assert_close(
@@ -343,7 +345,8 @@ def test_jitter_draws_its_factors_independently():
 def test_blur_sigma_is_distributed_as_torchvisions():
     images = torch.zeros(2000, 1, 5, 5)
     images[:, :, 2, 2] = 1
-    result = augment.gaussian_blur(images, 3, (0.3, 2.0), generator=seeded())
+    drawn = augment.draw_gaussian_blur(images, (0.3, 2.0), generator=seeded())
+    result = augment.apply_gaussian_blur(images, drawn)
     ours = (0.5 / (result[:, 0, 2, 2] / result[:, 0, 2, 1]).log()).sqrt()
     torch.manual_seed(1)
     theirs = [GaussianBlur.get_params(0.3, 2.0) for _ in range(2000)]

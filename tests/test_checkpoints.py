@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,13 +83,6 @@ def test_restored_run_goes_on_as_if_never_stopped(saved):
     assert equal(model.state_dict(), model2.state_dict())
 
 
-def test_weights_alone_can_be_restored(saved):
-    path, model, _ = saved
-    model2, _ = make_model(seed=1)
-    assert checkpoints.restore(path, model2) == (2, HISTORY)
-    assert equal(model.state_dict(), model2.state_dict())
-
-
 def test_later_training_does_not_reach_the_checkpoint_or_its_config(saved):
     path, model, optimizer = saved
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -98,13 +90,6 @@ def test_later_training_does_not_reach_the_checkpoint_or_its_config(saved):
     state = checkpoints.load(path)
     assert equal(state["model"], before)
     assert state["config"] == dataclasses.asdict(Config(epochs=7))
-
-
-def test_a_history_holds_what_a_table_can(saved):
-    path, model, optimizer = saved
-    history = [{"epoch": 1, "loss": 0.5, "cell": "gru", "note": None, "chosen": True}]
-    checkpoints.save(path, 1, model, optimizer, history, Config())
-    assert checkpoints.restore(path, model, optimizer) == (1, history)
 
 
 @pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
@@ -158,21 +143,12 @@ def without(name):
     )
 
 
-def flipped_tensor(good):
-    model, optimizer = make_model()
-    train(model, optimizer)
-    weight = model[0].weight.detach().numpy().tobytes()
-    middle = good.index(weight) + len(weight) // 2
-    return good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
-
-
 SPOILED = {
     "empty": lambda good: b"",
     "a byte": lambda good: good[:1],
     "a tenth": lambda good: good[: len(good) // 10],
     "half": lambda good: good[: len(good) // 2],
     "without its end": lambda good: good[:-1],
-    "a flipped bit in a weight": flipped_tensor,
     "zeros": lambda good: bytes(len(good)),
     "zeroed half": lambda good: good[: len(good) // 2] + bytes(len(good) // 2),
     "random": lambda good: random.Random(0).randbytes(len(good)),
@@ -286,32 +262,6 @@ def test_a_weight_of_another_type_is_refused(saved, user_error):
     path.write_bytes(torch_file(state))
     with user_error(path, "float64"):
         checkpoints.restore(path, model)
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected"),
-    [
-        (RuntimeError("enforce fail at inline_container.cc:659\nunexpected pos 64"), UserError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-    ids=["a full disk", "Ctrl-C"],
-)
-def test_an_interrupted_write_keeps_the_previous_checkpoint(saved, monkeypatch, raised, expected):
-    path, model, optimizer = saved
-    before = path.read_bytes()
-
-    def half(value, target):
-        Path(target).write_bytes(b"half")
-        raise raised
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(expected) as caught:
-        checkpoints.save(path, 3, model, optimizer, HISTORY, Config())
-    if expected is UserError:
-        assert str(path) in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 1
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
 
 
 # weights for elsewhere

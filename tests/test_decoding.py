@@ -385,7 +385,7 @@ def test_colour_operations_leave_five_channels_alone():
             one = TF.adjust_brightness(images[i, channel][None], drawn["brightness"][i].item())
             one = TF.adjust_contrast(one, drawn["contrast"][i].item())
             torch.testing.assert_close(jittered[i, channel][None], one)
-    assert torch.equal(augment.random_grayscale(images, 1.0), images)
+    assert torch.equal(augment.grayscale(images), images)
 
 
 @pytest.mark.parametrize("name", randaugment.RANDAUGMENT_OPS)

@@ -401,8 +401,7 @@ def test_each_training_has_its_settings(monkeypatch, method, count, epochs, rate
     assert torch.equal(inputs, mine.images.images[mine.chosen])
     views = batch = inputs / 255
     if method != "scratch":
-        given_area = {"scale": (0.5, 1.0), "flip": 0.5, "generator": seeded(2)}
-        views = augment.random_resized_crop(batch, **given_area)
+        views = augment.random_resized_crop(batch, (0.5, 1.0), 0.5, seeded(2))
     mean, std = mine.images.mean, mine.images.std
     torch.testing.assert_close(prepare(inputs, seeded(2)), (views - mean) / std)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from PIL import Image
 
 import evaluation
 import functions
-from support import datasets, decoding, files, folders
+from support import decoding, files, folders
 from support.errors import UserError
 
 
@@ -190,19 +190,6 @@ def test_a_folder_whose_name_no_plot_can_show_is_refused(tmp_path, user_error, p
     make_folder(tmp_path / folder, *(f"{kind}/{i}.png" for kind in (name, "b") for i in range(5)))
     with user_error(ascii(strange)[1:-1], "UTF-8"):
         load_folder(tmp_path / folder, tmp_path / "data")
-
-
-@pytest.mark.parametrize("kind", ["digits", "folder"])
-def test_loaded_images_are_normalised_with_the_training_images_statistics(tmp_path, kind):
-    names = [f"{part}/{name}/0.png" for part in ("train", "test") for name in "ab"]
-    make_folder(tmp_path / "in", *names)
-    name = "digits" if kind == "digits" else tmp_path / "in"
-    data = load_folder(name, tmp_path / "data")
-    mean, std = datasets.channel_statistics(data.train.images)
-    assert not torch.equal(mean, datasets.channel_statistics(data.test.images)[0])
-    for split in (data.train, data.test):
-        assert torch.equal(split.mean, mean)
-        assert torch.equal(split.std, std)
 
 
 # mistakes
@@ -375,12 +362,6 @@ def test_lossless_image_of_the_right_size_is_bit_exact(tmp_path, suffix, options
     np.testing.assert_array_equal(decoded, pixels.transpose(2, 0, 1))
 
 
-def test_16_bit_values_are_scaled_over_their_whole_range(tmp_path):
-    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(decode(tmp_path / "a.png", 16)[0].ravel(), range(256))
-
-
 @pytest.mark.parametrize("shape", [(500, 3), (3, 500)], ids=["tall", "wide"])
 def test_long_strip_is_cropped_to_its_centre(tmp_path, shape):
     pixels = np.full((*shape, 3), RED, np.uint8)
@@ -513,17 +494,6 @@ def cache_files(data_dir, suffix="*"):
     return sorted(path for path in data_dir.rglob(suffix) if path.is_file())
 
 
-def test_second_load_decodes_nothing_and_gives_the_same(tmp_path, monkeypatch):
-    names = [f"{kind}/{i}.png" for kind in "ab" for i in range(5)]
-    made = make_folder(tmp_path / "in", *names)
-    first = load_folder(tmp_path / "in", tmp_path / "data")
-    monkeypatch.setattr(decoding, "read_image", lambda *_: 1 / 0)
-    second = load_folder(tmp_path / "in", tmp_path / "data")
-    assert names_of(second.train, made) == names_of(first.train, made)
-    assert names_of(second.test, made) == names_of(first.test, made)
-    assert torch.equal(second.train.labels, first.train.labels)
-
-
 def change(folder):
     path = folder / "1.bmp"
     before = path.stat()
@@ -634,14 +604,6 @@ def test_writing_to_the_images_does_not_reach_the_cache(tmp_path, decoded):
         assert names_of(data.train, made) == ["0.png", "1.png"]
         data.train.images.zero_()
     assert len(decoded) == 2
-
-
-def test_unwritable_data_dir_costs_only_the_cache(tmp_path):
-    (tmp_path / "file").write_text("")
-    made = make_folder(tmp_path / "in", "0.png", "1.png")
-    for data_dir in (tmp_path / "file", tmp_path / "file" / "data"):
-        data = load_folder(tmp_path / "in", data_dir)
-        assert names_of(data.train, made) == ["0.png", "1.png"]
 
 
 def test_disk_without_room_for_the_cache_costs_only_the_cache(tmp_path, small_disk):
@@ -767,23 +729,6 @@ def test_broken_images_are_told_apart_also_from_the_cache(tmp_path, decoded, cac
             assert word in broken[f"{name}.png"]
             assert str(tmp_path) not in broken[f"{name}.png"]
     assert sorted(decoded) == (["b.png", "c.png"] if cached else [f"{n}.png" for n in "abcdf"])
-
-
-def test_image_that_can_be_read_again_is(tmp_path, monkeypatch):
-    make_folder(tmp_path / "in", "0.png", "1.png")
-    read_image = decoding.read_image
-
-    def unplugged(path, size, rules):
-        if path.name == "1.png":
-            raise OSError(5, "Input/output error")
-        return read_image(path, size, rules)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding, "read_image", unplugged)
-        good, broken = readable(tmp_path / "in", tmp_path / "data")
-    assert (good, broken) == ({"0.png": (0, 255, 0)}, {"1.png": "Input/output error"})
-    good, broken = readable(tmp_path / "in", tmp_path / "data")
-    assert (good, broken) == ({"0.png": (0, 255, 0), "1.png": (1, 254, 7)}, {})
 
 
 def test_the_first_broken_image_stops_when_asked_to(tmp_path, decoded, user_error):

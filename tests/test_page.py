@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluation
 import functions
-from support import datasets, files, page
+from support import datasets, figures, files, page
 
 CLASSES = ("</script><b>cat", "dog & co", "bird")
 
@@ -30,8 +30,7 @@ def make_page(folder, count=60, predictions=True, labelled=True, size=8, names=N
         names,
         page.nearest(features),
         labels if labelled else None,
-        CLASSES if labelled else ("images",),
-        ["red", "#00ff00", (0, 0, 1)][: 3 if labelled else 1],
+        CLASSES if labelled else (),
         (labels + (np.arange(count) == 7)) % 3 if predictions else None,
         "Map of <things>",
     )
@@ -76,7 +75,7 @@ def test_the_page_holds_the_numbers_and_names_as_text(tmp_path):
     assert "</script><b>cat" not in text  # or a folder's name would become a tag
     data = data_of(text)
     assert data["classes"] == list(CLASSES)
-    assert data["colors"] == ["#ff0000", "#00ff00", "#0000ff"]
+    assert data["colors"] == [color.lower() for color in figures.CLASS_COLORS[:3]]
     assert data["labels"] == [i % 3 for i in range(60)]
     assert data["points"][9] == [1, 1]
     assert [a != b for a, b in zip(data["predictions"], data["labels"], strict=True)] == [

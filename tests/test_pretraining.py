@@ -394,6 +394,28 @@ def assert_same_state(a, b):
     assert a["epoch"] == b["epoch"]
 
 
+def assert_resumes_exactly(pretrain, folder, monkeypatch, config, fabric):
+    """A script's pretraining that is stopped in its third epoch ends as one that is not."""
+    data, measure = make_data(), functions.Monitor.measure
+    pretrain(folder / "whole", config, data, fabric)
+
+    def stop(monitor, encoder, z, epoch, last):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return measure(monitor, encoder, z, epoch, last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functions.Monitor, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(folder / "stopped", config, data, fabric)
+    assert len(metrics(folder / "stopped")) == 2
+    config = dataclasses.replace(config, resume=str(folder / "stopped"))
+    pretrain(folder / "stopped", config, data, fabric, seed=1)
+    state = state_of(folder / "whole")
+    assert_same_state(state_of(folder / "stopped"), dict(state))
+    return state
+
+
 def walk(folder, host=False, **changes):
     """What each step of a training is given: its number, its images' positions, its numbers."""
     training = make_training(folder, config=make_config(folder, **changes))

@@ -35,13 +35,6 @@ def test_epoch_loss_names_epoch_and_step(value):
         losses.add(torch.tensor(value))
 
 
-def test_epoch_loss_is_the_mean():
-    losses = progress.EpochLoss(4, 1, torch.device("cpu"))
-    for value in (1.0, 2.0, 3.0, 6.0):
-        losses.add(torch.tensor(value))
-    assert losses.mean() == pytest.approx(3)
-
-
 def test_epoch_loss_keeps_no_graph():
     # A graph per step would fill the memory within an epoch.
     losses = progress.EpochLoss(4, 1, torch.device("cpu"))

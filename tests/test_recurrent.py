@@ -70,19 +70,6 @@ def test_evaluation_is_the_same_forward_pass(kind):
             assert torch.equal(module(rows)[0], outputs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_between_the_layers_and_in_training_only(monkeypatch, kind):
-    module, other, rows = pair(kind, 2, dropout=0.5)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
-    torch.testing.assert_close(module.eval()(rows)[0], other.eval()(rows)[0])
-    first, second = (module.train()(rows) for _ in range(2))
-    assert not torch.equal(first[0], second[0])
-    assert torch.equal(first[1][0], second[1][0])  # of the first layer
-    module.dropout = 1.0
-    output, _ = module(rows)  # which sees nothing of the images
-    torch.testing.assert_close(output, output[:1].expand_as(output))
-
-
 @pytest.mark.parametrize("both", [False, True])
 def test_an_lstm_computes_in_bfloat16_or_where_there_is_no_kernel_in_float32(both):
     torch.manual_seed(0)

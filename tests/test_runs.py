@@ -131,11 +131,6 @@ def test_error_says_how_to_go_on(tmp_path, monkeypatch, error, name, place):
         assert reopened.folder == Path(again.resume)
 
 
-def test_no_error_no_note_and_the_result_of_the_block_stays(started):
-    folder, _ = started
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-
-
 # continuing a run
 
 
@@ -170,16 +165,6 @@ def test_resume_refuses_a_contradiction_and_names_both_values(started, user_erro
         user_error(folder, settings.flag(name), getattr(config, name), value),
         runs.open_run(again),
     ):
-        pass
-
-
-@pytest.mark.parametrize("name", ["epochs", "seed"])
-def test_resume_refuses_a_contradiction_that_is_the_default(started, user_error, name):
-    folder, config = started
-    default = getattr(Config(), name)
-    assert default != getattr(config, name)
-    again = resume(folder, settings.flag(name), str(default))
-    with user_error(settings.flag(name), default, getattr(config, name)), runs.open_run(again):
         pass
 
 
@@ -539,29 +524,6 @@ def scalars(folder):
         name: {event.step: event.value for event in events.Scalars(name)}
         for name in events.Tags()["scalars"]
     }
-
-
-def test_tensorboard_gets_rows_and_final_numbers(tmp_path):
-    pytest.importorskip("tensorboard")
-    with runs.open_run(make_config(tmp_path, logger="tensorboard")) as run:
-        run.log({"epoch": 1, "loss": 2.5, "cell": "gru", "knn": None}, 1)
-        run.summarize({"accuracy": 0.5, "method": "good", "few": {"mean": 0.25, "draws": 5}}, 7)
-    with runs.open_run(dataclasses.replace(resume(run.folder), logger="tensorboard")) as run:
-        run.log({"epoch": 2, "loss": 1.5}, 2)
-    assert scalars(run.folder) == {
-        "epoch": {1: 1, 2: 2},
-        "loss": {1: 2.5, 2: 1.5},
-        "final/accuracy": {7: 0.5},
-        "final/few/mean": {7: 0.25},
-        "final/few/draws": {7: 5},
-    }
-
-
-def test_no_logger_leaves_no_logs(tmp_path):
-    with runs.open_run(make_config(tmp_path)) as run:
-        run.log({"loss": 1.0}, 1)
-        run.summarize({"accuracy": 0.5})
-    assert {path.name for path in run.folder.iterdir()} == {"config.json", "summary.json"}
 
 
 class Recorder:

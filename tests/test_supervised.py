@@ -32,11 +32,12 @@ def make_task(kind):
 
 
 @pytest.mark.parametrize(("kind", "batch"), [("adamw", 16), ("sgd", 50), ("sgd", 256)])
-def test_training_equals_a_naive_loop(fabric, kind, batch):
+def test_training_equals_a_naive_loop(monkeypatch, fabric, kind, batch):
+    monkeypatch.setattr(supervised, "BATCH", batch)
     inputs, labels, layer, optimizer = make_task(kind)
     layer.eval()  # as a look at the test images may leave it
     given = (layer, optimizer, inputs, labels, add_noise, 4, 9, fabric)
-    rows = list(supervised.train_classifier(*given, batch_size=batch))
+    rows = list(supervised.train_classifier(*given))
     assert layer.training
     _, _, naive, optimizer = make_task(kind)
     size = min(batch, 50)
@@ -61,9 +62,11 @@ def test_training_equals_a_naive_loop(fabric, kind, batch):
     torch.testing.assert_close(layer.state_dict(), naive.state_dict(), rtol=1e-9, atol=1e-9)
 
 
-def test_a_training_goes_on_from_start(fabric):
+def test_a_training_goes_on_from_start(monkeypatch, fabric):
+    monkeypatch.setattr(supervised, "BATCH", 16)
+
     def train(layer, optimizer, start):
-        rest = (inputs, labels, add_noise, 5, 1, fabric, start, 16)
+        rest = (inputs, labels, add_noise, 5, 1, fabric, start)
         return supervised.train_classifier(layer, optimizer, *rest)
 
     inputs, labels, whole, optimizer = make_task("adamw")

@@ -98,11 +98,6 @@ def make_bug():
 # the value
 
 
-def test_the_study_minimises(tmp_path):
-    with sweep.open_sweep(make_config(), tmp_path, ABOUT) as search:
-        assert search.study.direction.name == "MINIMIZE"
-
-
 def test_the_sampler_follows_the_seed(tmp_path):
     values = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

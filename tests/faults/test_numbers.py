@@ -11,7 +11,6 @@ import io
 import json
 import math
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -246,7 +245,6 @@ def test_loss_that_is_not_finite_stops_before_the_update(
     (line,) = errors
     epoch, within = training.where[step]
     assert f"epoch {epoch}, step {within}" in line
-    assert str(folder) in shlex.split(line[line.index("python ") :])
     before = 0 if training.stage in ("pretrain", "train") else 3 * STEPS
     assert len(steps_done) == before + step - 1
     assert not list(folder.rglob("*.tmp"))
@@ -288,15 +286,6 @@ def test_lack_of_memory_is_one_line_with_a_hint(
     (line,) = errors
     assert all(part in line for part in ("out of memory", "--batch-size", str(folder)))
     check_goes_on(on_terminal, training, folder, uninterrupted(name))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")],
-    ids=lambda error: type(error).__name__,
-)
-def test_another_error_is_no_lack_of_memory(error):
-    assert not runs.is_out_of_memory(error)
 
 
 def test_real_lack_of_memory_on_the_command_line(tmp_path):
