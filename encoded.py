@@ -96,9 +96,6 @@ def read_training(encoder: frozen.Encoder, data_dir: Path) -> Collection | None:
     record = encoder.record
     try:
         require(bool(record), "there is no config.json beside the encoder")
-        # Other programs have a file of that name, too.
-        named = isinstance(record.get("dataset"), str) and isinstance(record.get("image_size"), int)
-        require(named, "the config.json beside the encoder names no data set")
         rules = decoding.PixelRules.recorded_in(record)
         where = (record["dataset"], data_dir, record["image_size"], None, rules)
         data = functions.load_images(*where, unlabelled=bool(record.get("unlabelled")))

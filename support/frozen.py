@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support import checkpoints, datasets, decoding, devices, encoders, files
+from support import checkpoints, datasets, decoding, devices, encoders, files, settings
 from support.errors import UserError, require
-from support.settings import recorded_precision
-
-SIDES = {"cifar10": 32, "fashion-mnist": 28, "digits": 8}  # what --image-size does not change
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,12 @@ def load_encoder(path: Path, device: str) -> Encoder:
         is_run, record = False, {}
     # Files of older versions name neither the side nor the precision.
     dataset, side = str(record.get("dataset")), record.get("image_size")
-    size: Any = about.get("size", SIDES.get(dataset, side))
+    size: Any = about.get("size", settings.SIDES.get(dataset, side))
     require(
         size is not None,
         f"{file} does not say how large its images are: put its run's config.json beside it",
     )
-    fabric = devices.make_evaluation_fabric(device, recorded_precision(record | about))
+    fabric = devices.make_evaluation_fabric(device, settings.recorded_precision(record | about))
     try:
         mean, std = (torch.tensor(about[name], device=fabric.device) for name in ("mean", "std"))
         shape = (len(mean), size, about.get("width", 64))
