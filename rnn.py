@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import compare
 import functions
 from support import (
     augment,
@@ -33,7 +34,6 @@ from support import (
     datasets,
     devices,
     encoders,
-    figures,
     files,
     muon,
     progress,
@@ -47,7 +47,6 @@ from support.settings import setting
 
 CELLS = {"rnn": recurrent.RNN, "lstm": recurrent.LSTM, "gru": recurrent.GRU}
 loss_function = F.cross_entropy
-CELL_COLORS = dict(zip(CELLS, figures.LINE_COLORS, strict=False))
 
 
 @dataclass(frozen=True)
@@ -414,8 +413,9 @@ def main(config: Config) -> dict[str, Any]:
             values = report_cell(model, cell, data, predictions, run.folder, history)
             summary = run.summarize(values, config.epochs)
         if len(config.cell_names) > 1:
-            path = run.folder / "comparison.png"
-            plot_comparison(path, history, config.cell_names, data.name)
+            cells = compare.read_run(run.folder)
+            names = [cell.cell.upper() for cell in cells]
+            compare.plot_curves([[cell] for cell in cells], names, run.folder / "comparison.png")
         print(f"{'cell':6}{'validation':>12}{'test':>8}{'time':>9}")
         for cell in config.cell_names:
             print(
@@ -479,25 +479,6 @@ def read_best(path: str) -> Config:
         return Config(config=path, cells=best["cell"], **decided)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def plot_comparison(path: Path, history: list[dict[str, Any]], cells: list[str], name: str) -> None:
-    """Loss and accuracy of all cells over epochs, training dashed, validation solid."""
-    title = f"Row by row on {name}: training dashed, validation solid"
-    with figures.new_figure(path, title) as figure:
-        quantities = (("loss", 1, "loss"), ("accuracy", 100, "accuracy (%)"))
-        panels = figures.add_panels(figure, 2)
-        for axes, (key, scale, label) in zip(panels, quantities, strict=True):
-            for cell in cells:
-                rows = [row for row in history if row["cell"] == cell]
-                epochs = [row["epoch"] for row in rows]
-                look = {"color": CELL_COLORS[cell], "marker": "o" if len(epochs) < 3 else None}
-                training = [scale * row[f"train_{key}"] for row in rows]
-                validation = [scale * row[f"validation_{key}"] for row in rows]
-                axes.plot(epochs, training, "--", **look)
-                axes.plot(epochs, validation, "-", label=cell.upper(), **look)
-            figures.label_axes(axes, "epoch", label)
-        figures.add_legend(figure)
 
 
 if __name__ == "__main__":

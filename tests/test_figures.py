@@ -19,7 +19,6 @@ import compare
 import encoded
 import functions
 import label_free
-import rnn
 import simclr_hyperparameter_tune as tune
 from support import datasets, figures, scores, sweep_figures
 
@@ -30,16 +29,6 @@ def draw_curves(path):
     rows = [{"epoch": e, "train_loss": 1 / e, "validation_loss": 2 / e} for e in range(1, 30)]
     groups = [[compare.Run(LONG, "rnn", "gru", {}, rows, {})] for _ in range(9)]
     compare.plot_curves(groups, [f"{LONG} {i}" for i in range(9)], path)
-
-
-def draw_comparison(path):
-    names = [f"{split}_{key}" for split in ("train", "validation") for key in ("loss", "accuracy")]
-    history = [
-        {"cell": cell, "epoch": epoch} | dict.fromkeys(names, 0.9 / epoch)
-        for cell in rnn.CELLS
-        for epoch in range(1, 101)
-    ]
-    rnn.plot_comparison(path, history, [*rnn.CELLS], "cifar10-images")
 
 
 def draw_scores(path, panels=3):
@@ -151,7 +140,6 @@ def draw_views(path):
 LONG_NAMES = [f"{i} of {LONG}" for i in range(60)]
 PICTURES = {
     "curves": draw_curves,
-    "comparison": draw_comparison,
     "few labels, 2 panels": lambda path: draw_scores(path, 2),
     "few labels, 4 panels": lambda path: draw_scores(path, 4),
     "audit": draw_audit,
