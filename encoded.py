@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +137,10 @@ def open_encoder(parsed: argparse.Namespace, script: str) -> tuple[frozen.Encode
     """
     require(0 < parsed.duplicates <= 1, f"--duplicates must be in (0, 1], not {parsed.duplicates}")
     require(parsed.folder.is_dir(), f"there is no folder {parsed.folder}")
-    low, high = parsed.value_range or (0, 1)
-    good = -math.inf < low < high < math.inf
-    require(good, f"--value-range takes a lower and a higher number, not {low:g} {high:g}")
+    value_range = tuple(parsed.value_range or ())
+    decoding.check_value_range(*value_range or (0, 1))
     encoder = frozen.load_encoder(parsed.encoder, parsed.device)
-    own = {"value_range": parsed.value_range and (low, high), "stack": parsed.stack}
+    own = {"value_range": value_range, "stack": parsed.stack}
     rules = dataclasses.replace(encoder.rules, **{k: v for k, v in own.items() if v})
     encoder = dataclasses.replace(encoder, rules=rules)
     name = f"{encoder.name}-{parsed.folder.resolve().name}"

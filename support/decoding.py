@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from support.errors import require
+
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 ) | {".avif", ".heic", ".heif", ".jfif", ".jpe", ".pnm"}
@@ -43,6 +45,12 @@ class PixelRules:
     def suffixes(self) -> frozenset[str]:
         """Those of the files that are images."""
         return IMAGE_SUFFIXES | {".npy"} if self.channels else IMAGE_SUFFIXES
+
+
+def check_value_range(low: float, high: float) -> None:
+    """Raise UserError unless `--value-range` goes up."""
+    good = -math.inf < low < high < math.inf
+    require(good, f"--value-range takes a lower and a higher number, not {low:g} {high:g}")
 
 
 def choose_value_range(low: float, high: float) -> tuple[float, float]:

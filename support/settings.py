@@ -111,11 +111,7 @@ class RunConfig:
         )
         good = self.channels is None or 1 <= self.channels <= 1024
         require(good, f"--channels must be between 1 and 1024, not {self.channels}")
-        low, high = self.value_range or (0, 1)
-        require(
-            -math.inf < low < high < math.inf,
-            f"--value-range takes a lower and a higher number, not {low:g} {high:g}",
-        )
+        decoding.check_value_range(*self.value_range or (0, 1))
         require(self.resume != "", "--resume takes a run folder, not an empty name")
         if self.name is not None:
             require(
