@@ -117,7 +117,8 @@ def suggest_config(
     drawn = sweep.draw(trial, space)
     epochs = trial.suggest_categorical("epochs", config.rungs)
     seed = trial.suggest_categorical("seed", config.seeds)
-    return trained_config(config, {**drawn, "epochs": epochs, "seed": seed})
+    chosen = trained_config(config, {**drawn, "epochs": epochs, "seed": seed})
+    return dataclasses.replace(chosen, knn_every=0, compile="off")  # trials are too short for both
 
 
 def trained_config(config: Config, parameters: dict[str, Any]) -> simclr.Config:
@@ -131,7 +132,6 @@ def trained_config(config: Config, parameters: dict[str, Any]) -> simclr.Config:
         | {
             "jitter": (0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
             "epochs": 2 * parameters["epochs"] // parameters["views"],
-            "knn_every": 0,
         }
     )
 
@@ -376,12 +376,8 @@ def training_flags(best: dict[str, Any], config: Config) -> list[str]:
             parameters[name] = float(f"{value:.3g}")
     chosen = trained_config(config, parameters)
     jitter: Any = tuple(round(value, 3) for value in chosen.jitter)
-    default = simclr.Config
-    return settings.changed_words(
-        dataclasses.replace(
-            chosen, jitter=jitter, epochs=default.epochs, knn_every=default.knn_every
-        )
-    )
+    chosen = dataclasses.replace(chosen, jitter=jitter, epochs=simclr.Config.epochs)
+    return settings.changed_words(chosen)
 
 
 def audit_rows(trials: Trials, config: Config) -> list[dict[str, Any]]:

@@ -25,11 +25,12 @@ import torch
 from common import ROOT
 
 import simclr
-from support import devices, pretraining, runs
+from support import devices, muon, pretraining, runs
 
 # Relative differences that rounding explains, of the loss and of the gradient as a vector: float32
-# keeps 24 bits, TF32, the default of a GPU's convolutions, 11, bfloat16 8, and the layers add up.
-ALLOWED = {"float32": (1e-5, 3e-2), "tf32": (1e-3, 1.5e-1), "bfloat16": (1e-2, 3e-1)}
+# keeps 24 bits, TF32, the default of a GPU's convolutions, 11, bfloat16 8, and the layers add up: a
+# gradient in bfloat16 is 0.29 of its length away from that in float32 on an H100, 0.31 on a CPU.
+ALLOWED = {"float32": (1e-5, 3e-2), "tf32": (1e-3, 1.5e-1), "bfloat16": (1e-2, 4e-1)}
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -106,6 +107,13 @@ def agree(device: str, config: simclr.Config) -> None:
         )
         of_loss, of_gradient = ALLOWED[precision]
         failed = failed or abs(other / loss - 1) > of_loss or difference > of_gradient
+    matrix = torch.randn(256, 2304, generator=generator)
+    step = muon.orthogonalize(matrix)
+    for dtype, allowed in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
+        values = muon.orthogonalize(matrix.to(device), dtype).cpu()
+        difference = ((values - step).norm() / step.norm()).item()
+        print(f"Muon in {dtype}: the step differs by {difference:.1e} of its length")
+        failed = failed or difference > allowed
     if failed:
         sys.exit("the device does not compute what the CPU does")
 

@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/gpu.sh data/cifar10-images          # or a tar.gz of that folder, or cifar10
 #     OUT=somewhere LIMIT=570 bash benchmarks/gpu.sh ...  # where the archives go, seconds of a call
-#     ONLY="pilots-simclr simclr-gpu-100-seed1" bash benchmarks/gpu.sh ...  # these parts, all that "done" speaks of
+#     ONLY="pilots simclr-gpu-100-seed1" bash benchmarks/gpu.sh ...  # these parts, all that "done" speaks of
 #     DEVICE=cpu TINY=1 bash benchmarks/gpu.sh digits     # try it without a GPU, in minutes
 #
 # It needs a python3 with the packages of requirements.txt but optuna, umap-learn, plotly and
@@ -97,13 +97,13 @@ part epochs "$python" benchmarks/gpu.py --device "$device" epochs simclr "${reci
 for seed in 0 1 2; do
   train simclr "gpu-100-seed$seed" "${recipe[@]}" --seed "$seed"
 done
-# Small networks leave most of a GPU to others: tables of pilots, sixteen runs at a time. Rows that
-# have a score cost nothing.
-for table in rows simclr cifar-methods; do
-  rm -f "$work/pilots-$table.done"
-  [ -n "$tiny" ] || part "pilots-$table" env OMP_NUM_THREADS=2 "$python" benchmarks/pilots.py \
-    --jobs 16 "docs/results/pilots/$table.csv" --dataset "$dataset"
-done
+# Small networks leave most of a GPU to others: tables of pilots side by side, up to sixteen runs of
+# each. Rows that have a score cost nothing. The committed scores are of the JPEG copy.
+rm -f "$work/pilots.done"
+if [ -z "$tiny" ] && [ "$(basename "$dataset")" = cifar10-images ]; then
+  part pilots xargs -P 3 -I{} env OMP_NUM_THREADS=2 "$python" benchmarks/pilots.py \
+    docs/results/pilots/{}.csv --jobs 16 --dataset "$dataset" <<<$'rows\nsimclr\ncifar-methods'
+fi
 part simsiam-epochs "$python" benchmarks/gpu.py --device "$device" epochs simsiam "${recipe[@]}"
 train simsiam gpu-simsiam "${recipe[@]}" --stages pretrain,probe
 train simclr "gpu-$long" "${recipe[@]}" --epochs "$long" --knn-every 50

@@ -125,7 +125,7 @@ def _warp(name: str, images: Tensor, negative: Tensor, magnitude: int) -> Tensor
     return pixels.gather(2, sources.expand(-1, images.shape[1], -1)).view_as(images)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)  # FixMatch draws 25 magnitudes of the five ops
 def _warp_sources(
     name: str, magnitude: int, height: int, width: int, device: torch.device
 ) -> Tensor:

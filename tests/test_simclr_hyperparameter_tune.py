@@ -44,6 +44,7 @@ def test_every_value_reaches_the_training(tmp_path, name, value):
     if name != "jitter":
         assert getattr(found, name) == value
     assert (found.dataset, found.image_size, found.encoder) == ("digits", 16, "small")
+    assert (found.knn_every, found.compile) == (0, "off")
 
 
 @pytest.mark.usefixtures("in_memory")
